@@ -9,15 +9,14 @@
     Ψ_it = G_it - b_it,  G_it = Σ_{t'≥t} r_it'                             (3)  reward_to_go
     b_it = mean of G_jt over the episodes j ≠ i                            (4)  average_baseline
     b_it = V(s_it), fitted on G after its use                              (5)  ValueNetwork
-    b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,   z = Σ_t ∇ log π, g = Σ_t ∇ log π G
-                                         the constant of least variance    (6)  optimal_baseline
+    b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,  the constant of least variance  (6)  optimal_baseline
     φ ← φ + α ∇J(φ)                                                       (7)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
+    z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients
 
-E[∇ log π b] = 0 only if b does not depend on the action: (4) and (6) leave episode i out, (5) is
-fitted after its use. (6) is the constant of least variance. The slide's, the mean of R weighted by
-|z|², is (6) for Ψ = R, where g = R z; for the reward-to-go, z·g holds the cross terms as well.
+No b_it may depend on a_it, or (2) is biased: (4) and (6) leave episode i out, V is fitted after its
+use. At Ψ = R, (6) is the slide's optimum, R weighted by |z|²; reward-to-go adds cross terms to z·g.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
     diff pg_baseline.py offpolicy_pg.py     # next: several steps on one batch
@@ -36,7 +35,7 @@ import tyro
 import wandb
 from gymnasium.spaces import Box, Discrete, flatdim
 from gymnasium.vector import VectorEnv
-from torch import Tensor, nn
+from torch import Tensor, cuda, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
@@ -89,9 +88,8 @@ class Policy(nn.Module):
 
 
 class ValueNetwork(nn.Sequential):
-    """V(s): (..., obs_dim) to (...)."""
-
     def __init__(self, obs_dim: int):
+        """V(s): (..., obs_dim) to (...)."""
         hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
         super().__init__(*hidden, nn.Linear(64, 1), nn.Flatten(-2))
 
@@ -142,9 +140,8 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
 
 
 def average_baseline(returns: Tensor, mask: Tensor) -> Tensor:
-    """(4) Leave-one-out mean over the episodes that last until t, 0 if no other does, (N, T)."""
-    others = (mask * returns).sum(dim=0) - mask * returns
-    return others / (mask.sum(dim=0) - mask).clamp(min=1)
+    """(4) Mean of G_jt over the other episodes, whose G is 0 after their end, (N, T)."""
+    return ((mask * returns).sum(dim=0) - mask * returns) / max(len(mask) - 1, 1)
 
 
 def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
@@ -199,8 +196,7 @@ def train(args: Args) -> Tensor:
     """Returns of the greedy evaluation, (eval_episodes,)."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    best_device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(best_device if args.device == "auto" else args.device)
+    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
@@ -209,15 +205,13 @@ def train(args: Args) -> Tensor:
     value_network = ValueNetwork(obs_dim).to(device)
     fit = torch.optim.Adam(value_network.parameters(), args.value_learning_rate, fused=True)
     modules = {"policy": policy, "optimizer": optimizer, "value_network": value_network, "fit": fit}
-
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
     run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
-    settings = wandb.Settings(silent=args.wandb_mode != "online", mode=args.wandb_mode)
-    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=settings)
+    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
+    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=quiet)
     wandb.define_metric("*", step_metric="global_step")
-    progress = tqdm(total=args.total_timesteps, unit=" steps")
-    global_step = 0
+    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
 
     while global_step < args.total_timesteps:
         # 1. sample {τ_i} from π_φ
@@ -225,15 +219,15 @@ def train(args: Args) -> Tensor:
 
         # 2. estimate ∇J(φ)
         returns = reward_to_go(rewards, args.gamma)  # (3)
-        gradients = partial(trajectory_gradients, policy, obs, actions)
+        g = partial(trajectory_gradients, policy, obs, actions)
         baselines = {
             "none": torch.zeros_like(returns),
             "average": average_baseline(returns, mask),  # (4)
             "value": value_network(obs).detach(),  # (5)
-            "optimal": optimal_baseline(gradients(mask), gradients(mask * returns)),  # (6)
+            "optimal": optimal_baseline(g(mask), g(mask * returns)),  # (6)
         }
-        variances = {
-            f"gradient_variance/{name}": gradients(mask * (returns - b)).var(dim=0).sum().item()
+        variances = {  # of one episode's gradient, on this batch, under each baseline
+            f"variance/{name}": g(mask * (returns - b)).var(dim=0, correction=0).sum().item()
             for name, b in baselines.items()
         }
         psi = returns - baselines[args.baseline]
@@ -245,6 +239,7 @@ def train(args: Args) -> Tensor:
         loss.backward()
         optimizer.step()  # (7)
 
+        # 4. fit V for the next batch
         obs, returns = obs[mask.bool()], returns[mask.bool()]
         for rows in torch.randperm(len(obs), device=device).split(512):
             value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()
@@ -267,12 +262,10 @@ def train(args: Args) -> Tensor:
         wandb.log(metrics | {"global_step": global_step})
         progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
         progress.update(steps)
-        last = global_step >= args.total_timesteps
-        if last or global_step % args.checkpoint_frequency < steps:
+        if global_step % args.checkpoint_frequency < steps or global_step >= args.total_timesteps:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()
-    envs.close()
     returns = evaluate(policy, args.env_id, args.eval_episodes)
     wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
     wandb.finish()

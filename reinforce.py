@@ -32,7 +32,7 @@ import tyro
 import wandb
 from gymnasium.spaces import Box, Discrete, flatdim
 from gymnasium.vector import VectorEnv
-from torch import Tensor, nn
+from torch import Tensor, cuda, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
 
@@ -166,23 +166,20 @@ def train(args: Args) -> Tensor:
     """Returns of the greedy evaluation, (eval_episodes,)."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    best_device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(best_device if args.device == "auto" else args.device)
+    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
     # Returns grow twentyfold within ten updates: Adam's usual β2, 0.999, would remember too long.
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, (0.9, 0.99), fused=True)
     modules = {"policy": policy, "optimizer": optimizer}
-
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
     run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
-    settings = wandb.Settings(silent=args.wandb_mode != "online", mode=args.wandb_mode)
-    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=settings)
+    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
+    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=quiet)
     wandb.define_metric("*", step_metric="global_step")
-    progress = tqdm(total=args.total_timesteps, unit=" steps")
-    global_step = 0
+    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
 
     while global_step < args.total_timesteps:
         # 1. sample {τ_i} from π_φ
@@ -211,12 +208,10 @@ def train(args: Args) -> Tensor:
         wandb.log(metrics | {"global_step": global_step})
         progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
         progress.update(steps)
-        last = global_step >= args.total_timesteps
-        if last or global_step % args.checkpoint_frequency < steps:
+        if global_step % args.checkpoint_frequency < steps or global_step >= args.total_timesteps:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()
-    envs.close()
     returns = evaluate(policy, args.env_id, args.eval_episodes)
     wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
     wandb.finish()

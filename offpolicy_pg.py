@@ -1,0 +1,280 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9.2", "wandb>=0.19", "tqdm", "numpy"]
+# ///
+"""Off-policy policy gradient by importance sampling. Lecture: Off-policy PG.
+
+    J(φ') = E[ Π_t ρ_t R(τ) ],  τ ~ p_φ(τ),  ρ_t = π_φ'(a_t|s_t) / π_φ(a_t|s_t)  (1)  rollout
+    ∇J(φ') ≈ 1/N Σ_i Σ_t ∇ log π_φ'(a_it|s_it) Ψ_it                       (2)  policy_loss
+    Ψ_t = Π_u ρ_u Σ_t' r_t'              "trajectory"         (3)  importance_weighted_psi
+    Ψ_t = Π_u ρ_u Σ_{t'≥t} r_t'          "causal"             (4)
+    Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"       (5)  Precup et al., 2000
+    Ψ_t = ρ_t Σ_{t'≥t} r_t'              "per_step"           (6)  the slides' final form
+    Ψ_t ← Ψ_t - w_t V(s_t)               w: the ratios of t   (7)  importance_weights
+    E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ                 (8)  train
+    ESS = (Σ w)² / Σ w²                                       (9)  effective_sample_size
+
+    N num_envs    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
+
+The slide's causality is (4); (5) drops the ratios after t' as well. (3) to (5) have a variance that
+is exponential in T. (6) is biased: no ratio of the state distributions, the old policy's future.
+
+    python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+import wandb
+from gymnasium.spaces import Box, Discrete, flatdim
+from gymnasium.vector import VectorEnv
+from torch import Tensor, cuda, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
+    seed: int = 1  # fixes the whole run, bit for bit on a CPU
+    total_timesteps: int = 300_000  # env steps; the batch under way is finished
+    num_envs: int = 64  # N: envs stepped at once, one episode of each in a batch
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
+    num_threads: int = 1  # of the CPU; one is fastest for networks of this size
+    eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
+    checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
+    wandb_project: str = "rl-by-equation"
+    estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # (3)-(6)
+    num_updates: int = 20  # gradient steps on one batch, at most
+    target_kl: float = 0.02  # δ
+    baseline: Literal["none", "value"] = "value"  # subtract w V(s), (7)
+    value_learning_rate: float = 1e-2  # of the fit of V
+    learning_rate: float = 1e-2  # α
+    gamma: float = 1.0  # discount
+
+    def __post_init__(self) -> None:
+        """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
+        for name, value in vars(self).items():  # an int is a count from 1, a float a rate
+            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
+        if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
+            raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
+        make_envs(self.env_id, 1).close()
+
+
+class Policy(nn.Module):
+    """π_φ(a|s): Categorical, or a Gaussian whose standard deviation does not depend on s."""
+
+    def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
+        super().__init__()
+        hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+        self.network = nn.Sequential(*hidden, nn.Linear(64, action_dim))
+        self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
+
+    def forward(self, obs: Tensor) -> Distribution:
+        output = self.network(obs)
+        if self.log_std is None:
+            return Categorical(logits=output, validate_args=False)
+        normal = Normal(output, self.log_std.exp().expand_as(output), validate_args=False)
+        return Independent(normal, 1, validate_args=False)
+
+
+class ValueNetwork(nn.Sequential):
+    def __init__(self, obs_dim: int):
+        """V(s): (..., obs_dim) to (...)."""
+        hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+        super().__init__(*hidden, nn.Linear(64, 1), nn.Flatten(-2))
+
+
+class Trajectories(NamedTuple):
+    """N whole episodes, one a row, padded to the longest, T."""
+
+    obs: Tensor  # (N, T, obs_dim)
+    actions: Tensor  # (N, T) discrete, or (N, T, action_dim) normalised to [-1, 1], unclipped
+    rewards: Tensor  # (N, T), 0 on padding
+    mask: Tensor  # (N, T), 1 on steps, 0 on padding
+    log_probs: Tensor  # (N, T), log π_φ(a|s) from the moment of acting
+
+
+@torch.no_grad()
+def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False) -> Trajectories:
+    """(1) One whole episode of each env; a fixed number of steps would favour short ones."""
+    device, space = next(policy.parameters()).device, envs.single_action_space
+    next_obs, _ = envs.reset(seed=seed or int(torch.randint(2**31 - envs.num_envs, ())))
+    live, steps = np.ones(envs.num_envs, dtype=bool), []
+    while live.any():
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+        distribution = policy(obs)
+        actions = distribution.mode if greedy else distribution.sample()
+        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+        rewards, mask = torch.from_numpy(np.stack((np.where(live, rewards, 0), live))).float()
+        steps.append((obs, actions, rewards, mask, distribution.log_prob(actions)))
+        live = live & ~(terminations | truncations)
+    return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
+
+
+def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
+    """What the envs see: discrete actions, or normalised ones clipped and scaled to the bounds."""
+    if isinstance(space, Discrete):
+        return space.start + actions.cpu().numpy()
+    return space.low + (space.high - space.low) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
+
+
+def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
+    """(3) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
+    returns = [torch.zeros_like(rewards[:, 0])]
+    for reward in reversed(rewards.unbind(dim=1)):
+        returns.append(reward + gamma * returns[-1])
+    return torch.stack(returns[:0:-1], dim=1)
+
+
+def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
+    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each; its gradient is -∇J(φ)."""
+    return -(mask * log_probs * psi).sum(dim=1).mean()
+
+
+def importance_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
+    """(7) log w_t, (N, T): Σ_u log ρ_u of the episode, of u ≤ t for (5), of u = t for (6)."""
+    log_ratio = mask * log_ratio
+    to_t = log_ratio.cumsum(dim=1)
+    return {"per_step": log_ratio, "per_decision": to_t}.get(estimator, to_t[:, -1:].expand_as(to_t))
+
+
+def importance_weighted_psi(
+    log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str
+) -> Tensor:
+    """(3) to (6), (N, T). Constant for autograd: since ∇ρ = ρ ∇ log π_φ', (2) has the gradient."""
+    weights = importance_weights(log_ratio, mask, estimator).exp().detach()
+    if estimator == "per_decision":
+        return reward_to_go(weights * rewards, gamma)
+    returns = reward_to_go(rewards, gamma)
+    return weights * (returns[:, :1] if estimator == "trajectory" else returns)
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(9) From log w, (n,): n for equal weights, 1 if one of them is nearly everything."""
+    return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
+
+
+def make_envs(env_id: str, num_envs: int) -> VectorEnv:
+    """Vector env; ValueError if there is none of that id or its spaces are not supported."""
+    try:
+        envs = gym.make_vec(env_id, num_envs=num_envs)
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id}: {error}") from error
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    if not (isinstance(obs, Box) and len(obs.shape) == 1):
+        raise ValueError(f"--env-id {env_id}: {obs} is not a 1-D Box; use FlattenObservation")
+    box = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
+    if not (box or isinstance(actions, Discrete)):
+        raise ValueError(f"--env-id {env_id}: {actions} is neither Discrete nor a bounded 1-D Box")
+    return envs
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
+    """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
+    torch.save(state, run_dir / "checkpoint.tmp")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+
+
+def evaluate(policy: Policy, env_id: str, episodes: int) -> Tensor:
+    """Return of a greedy episode in each of `episodes` envs, (episodes,); the seed is fixed."""
+    envs = make_envs(env_id, episodes)
+    returns = rollout(envs, policy, seed=1, greedy=True).rewards.sum(dim=1).cpu()
+    envs.close()
+    return returns
+
+
+def train(args: Args) -> Tensor:
+    """Returns of the greedy evaluation, (eval_episodes,)."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
+    policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
+    # Returns grow twentyfold within ten updates: Adam's usual β2, 0.999, would remember too long.
+    optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, (0.9, 0.99), fused=True)
+    value_network = ValueNetwork(obs_dim).to(device)
+    fit = torch.optim.Adam(value_network.parameters(), args.value_learning_rate, fused=True)
+    modules = {"policy": policy, "optimizer": optimizer, "value_network": value_network, "fit": fit}
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
+    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
+    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=quiet)
+    wandb.define_metric("*", step_metric="global_step")
+    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
+
+    while global_step < args.total_timesteps:
+        # 1. sample {τ_i} from π_φ
+        obs, actions, rewards, mask, behavior_log_probs = rollout(envs, policy)  # (1)
+        live = mask.bool()
+        behavior, values = policy(obs), value_network(obs).detach()
+        for updates in range(args.num_updates + 1):
+            # 2. estimate ∇J(φ'), unless π_φ' has gone too far from π_φ
+            distribution = policy(obs)
+            kl = kl_divergence(distribution, behavior)[live].mean()  # (8)
+            if kl > args.target_kl or updates == args.num_updates:
+                break
+            log_probs = distribution.log_prob(actions)
+            log_ratio = (log_probs - behavior_log_probs).detach()
+            log_weights = importance_weights(log_ratio, mask, args.estimator)
+            psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
+            psi = psi - log_weights.exp() * values if args.baseline == "value" else psi  # (7)
+            loss = policy_loss(log_probs, psi, mask)  # (2)
+
+            # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        # 4. fit V for the next batch
+        obs, returns = obs[live], reward_to_go(rewards, args.gamma)[live]
+        for rows in torch.randperm(len(obs), device=device).split(512):
+            value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()
+            fit.zero_grad()
+            value_loss.backward()
+            fit.step()
+
+        steps = int(mask.sum())
+        global_step += steps
+        metrics = {
+            "charts/episodic_return": rewards.sum(dim=1).mean().item(),
+            "charts/episodic_length": steps / args.num_envs,
+            "charts/SPS": progress.format_dict["rate"] or 0.0,
+            "losses/policy_loss": loss.item(),
+            "losses/value_loss": value_loss.item(),
+            "losses/kl": kl.item(),
+            "weights/effective_fraction": effective_sample_size(log_weights[live]).item() / steps,
+            "weights/largest": log_weights[live].max().exp().item(),
+        }
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        wandb.log(metrics | {"global_step": global_step})
+        progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
+        progress.update(steps)
+        if global_step % args.checkpoint_frequency < steps or global_step >= args.total_timesteps:
+            save_checkpoint(run_dir, args, global_step, modules)
+
+    progress.close()
+    returns = evaluate(policy, args.env_id, args.eval_episodes)
+    wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
+    wandb.finish()
+    print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
+    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+    return returns
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))
