@@ -6,18 +6,19 @@
 
     J(φ') = E[ Π_t ρ_t R(τ) ],  τ ~ p_φ(τ),  ρ_t = π_φ'(a_t|s_t) / π_φ(a_t|s_t)  (1)  rollout
     ∇J(φ') ≈ 1/N Σ_i Σ_t ∇ log π_φ'(a_it|s_it) Ψ_it                       (2)  policy_loss
-    Ψ_t = Π_u ρ_u Σ_t' r_t'              "trajectory"         (3)  importance_weighted_psi
-    Ψ_t = Π_u ρ_u Σ_{t'≥t} r_t'          "causal"             (4)
-    Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"       (5)  Precup et al., 2000
-    Ψ_t = ρ_t Σ_{t'≥t} r_t'              "per_step"           (6)  the slides' final form
-    Ψ_t ← Ψ_t - w_t V(s_t)               w: the ratios of t   (7)  importance_weights
-    E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ                 (8)  train
-    ESS = (Σ w)² / Σ w²                                       (9)  effective_sample_size
+    Ψ_t = Π_u ρ_u R(τ)                   "trajectory"         (3)  importance_weighted_psi
+    G_t = Σ_{t'≥t} r_t'                  the reward-to-go     (4)  reward_to_go
+    Ψ_t = Π_u ρ_u G_t                    "causal"             (5)  importance_weighted_psi
+    Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"       (6)  Precup et al., 2000
+    Ψ_t = ρ_t G_t                        "per_step"           (7)  the slides' final form
+    Ψ_t ← Ψ_t - w_t V(s_t),  w_t: the ρ that weight t         (8)  importance_weights
+    E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ                 (9)  train
+    ESS = (Σ w)² / Σ w²                                       (10) effective_sample_size
 
     N num_envs    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
 
-The slide's causality is (4); (5) drops the ratios after t' as well. (3) to (5) have a variance that
-is exponential in T. (6) is biased: no ratio of the state distributions, the old policy's future.
+The slide's causality is (5); (6) also drops the ratios after t'. The variance of all three products
+is exponential in T. (7) is biased: it has no ratio of the states, and the old policy's future.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -51,10 +52,10 @@ class Args:
     checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
-    estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # (3)-(6)
+    estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # Ψ
     num_updates: int = 20  # gradient steps on one batch, at most
     target_kl: float = 0.02  # δ
-    baseline: Literal["none", "value"] = "value"  # subtract w V(s), (7)
+    baseline: Literal["none", "value"] = "value"  # subtract w V(s), (8)
     value_learning_rate: float = 1e-2  # of the fit of V
     learning_rate: float = 1e-2  # α
     gamma: float = 1.0  # discount
@@ -129,7 +130,7 @@ def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """(3) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
+    """(4) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
     returns = [torch.zeros_like(rewards[:, 0])]
     for reward in reversed(rewards.unbind(dim=1)):
         returns.append(reward + gamma * returns[-1])
@@ -142,16 +143,16 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
 
 
 def importance_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
-    """(7) log w_t, (N, T): Σ_u log ρ_u of the episode, of u ≤ t for (5), of u = t for (6)."""
+    """(8) log w_t, (N, T): Σ_u log ρ_u over the episode, up to t in (6), at t in (7)."""
     log_ratio = mask * log_ratio
-    to_t = log_ratio.cumsum(dim=1)
-    return {"per_step": log_ratio, "per_decision": to_t}.get(estimator, to_t[:, -1:].expand_as(to_t))
+    partial = {"per_step": log_ratio, "per_decision": log_ratio.cumsum(dim=1)}
+    return partial.get(estimator, log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio))
 
 
 def importance_weighted_psi(
     log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str
 ) -> Tensor:
-    """(3) to (6), (N, T). Constant for autograd: since ∇ρ = ρ ∇ log π_φ', (2) has the gradient."""
+    """(3) and (5) to (7), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
     weights = importance_weights(log_ratio, mask, estimator).exp().detach()
     if estimator == "per_decision":
         return reward_to_go(weights * rewards, gamma)
@@ -160,7 +161,7 @@ def importance_weighted_psi(
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """(9) From log w, (n,): n for equal weights, 1 if one of them is nearly everything."""
+    """(10) From log w, (n,): n for equal weights, 1 if one of them is nearly everything."""
     return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
 
 
@@ -212,26 +213,26 @@ def train(args: Args) -> Tensor:
     run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
     quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
-    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=quiet)
+    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
     wandb.define_metric("*", step_metric="global_step")
     progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
 
     while global_step < args.total_timesteps:
         # 1. sample {τ_i} from π_φ
         obs, actions, rewards, mask, behavior_log_probs = rollout(envs, policy)  # (1)
-        live = mask.bool()
+        live, steps = mask.bool(), int(mask.sum())
         behavior, values = policy(obs), value_network(obs).detach()
         for updates in range(args.num_updates + 1):
             # 2. estimate ∇J(φ'), unless π_φ' has gone too far from π_φ
             distribution = policy(obs)
-            kl = kl_divergence(distribution, behavior)[live].mean()  # (8)
+            kl = kl_divergence(distribution, behavior)[live].mean()  # (9)
             if kl > args.target_kl or updates == args.num_updates:
                 break
             log_probs = distribution.log_prob(actions)
             log_ratio = (log_probs - behavior_log_probs).detach()
             log_weights = importance_weights(log_ratio, mask, args.estimator)
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
-            psi = psi - log_weights.exp() * values if args.baseline == "value" else psi  # (7)
+            psi = psi - log_weights.exp() * values if args.baseline == "value" else psi  # (8)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
@@ -247,7 +248,6 @@ def train(args: Args) -> Tensor:
             value_loss.backward()
             fit.step()
 
-        steps = int(mask.sum())
         global_step += steps
         metrics = {
             "charts/episodic_return": rewards.sum(dim=1).mean().item(),

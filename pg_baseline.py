@@ -6,17 +6,18 @@
 
     J(φ) = E[ Σ_t r_t ],  τ = (s_1, a_1, s_2, a_2, ...) ~ p_φ(τ)           (1)  rollout
     ∇J(φ) ≈ 1/N Σ_i Σ_t ∇ log π_φ(a_it|s_it) Ψ_it                         (2)  policy_loss
-    Ψ_it = G_it - b_it,  G_it = Σ_{t'≥t} r_it'                             (3)  reward_to_go
-    b_it = mean of G_jt over the episodes j ≠ i                            (4)  average_baseline
-    b_it = V(s_it), fitted on G after its use                              (5)  ValueNetwork
-    b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,  the constant of least variance  (6)  optimal_baseline
-    φ ← φ + α ∇J(φ)                                                       (7)  train
+    Ψ_it = G_it - b_it                                                     (3)  train
+    G_it = Σ_{t'≥t} r_it'                causality: the reward-to-go       (4)  reward_to_go
+    b_it = mean of G_jt over the episodes j ≠ i                            (5)  average_baseline
+    b_it = V(s_it), fitted on G after its use                              (6)  ValueNetwork
+    b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,  the constant of least variance  (7)  optimal_baseline
+    φ ← φ + α ∇J(φ)                                                       (8)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
     z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients
 
-No b_it may depend on a_it, or (2) is biased: (4) and (6) leave episode i out, V is fitted after its
-use. At Ψ = R, (6) is the slide's optimum, R weighted by |z|²; reward-to-go adds cross terms to z·g.
+No b_it may depend on a_it, or (2) is biased: (5) and (7) leave episode i out, V is fitted after its
+use. At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; reward-to-go adds cross terms to z·g.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
     diff pg_baseline.py offpolicy_pg.py     # next: several steps on one batch
@@ -53,7 +54,7 @@ class Args:
     checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
-    baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (4), (5) or (6)
+    baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6) or (7)
     normalize_advantages: bool = False  # divide Ψ by its standard deviation over the batch
     value_learning_rate: float = 1e-2  # of the fit of V
     learning_rate: float = 1e-2  # α
@@ -127,7 +128,7 @@ def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """(3) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
+    """(4) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
     returns = [torch.zeros_like(rewards[:, 0])]
     for reward in reversed(rewards.unbind(dim=1)):
         returns.append(reward + gamma * returns[-1])
@@ -140,12 +141,12 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
 
 
 def average_baseline(returns: Tensor, mask: Tensor) -> Tensor:
-    """(4) Mean of G_jt over the other episodes, whose G is 0 after their end, (N, T)."""
+    """(5) Mean of G_jt over the other episodes, whose G is 0 after their end, (N, T)."""
     return ((mask * returns).sum(dim=0) - mask * returns) / max(len(mask) - 1, 1)
 
 
 def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
-    """(6) From z and g, (N, P) each, to one constant an episode, (N, 1)."""
+    """(7) From z and g, (N, P) each, to one constant an episode, (N, 1)."""
     products, norms = (scores * gradients).sum(dim=1), (scores * scores).sum(dim=1)
     return ((products.sum() - products) / (norms.sum() - norms).clamp(min=1e-8)).unsqueeze(1)
 
@@ -209,7 +210,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
     quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
-    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=quiet)
+    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
     wandb.define_metric("*", step_metric="global_step")
     progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
 
@@ -218,26 +219,26 @@ def train(args: Args) -> Tensor:
         obs, actions, rewards, mask = rollout(envs, policy)  # (1)
 
         # 2. estimate ∇J(φ)
-        returns = reward_to_go(rewards, args.gamma)  # (3)
+        returns = reward_to_go(rewards, args.gamma)  # (4)
         g = partial(trajectory_gradients, policy, obs, actions)
         baselines = {
             "none": torch.zeros_like(returns),
-            "average": average_baseline(returns, mask),  # (4)
-            "value": value_network(obs).detach(),  # (5)
-            "optimal": optimal_baseline(g(mask), g(mask * returns)),  # (6)
+            "average": average_baseline(returns, mask),  # (5)
+            "value": value_network(obs).detach(),  # (6)
+            "optimal": optimal_baseline(g(mask), g(mask * returns)),  # (7)
         }
         variances = {  # of one episode's gradient, on this batch, under each baseline
             f"variance/{name}": g(mask * (returns - b)).var(dim=0, correction=0).sum().item()
             for name, b in baselines.items()
         }
-        psi = returns - baselines[args.baseline]
+        psi = returns - baselines[args.baseline]  # (3)
         psi = psi / psi[mask.bool()].std() if args.normalize_advantages else psi
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()  # (7)
+        optimizer.step()  # (8)
 
         # 4. fit V for the next batch
         obs, returns = obs[mask.bool()], returns[mask.bool()]

@@ -7,7 +7,7 @@
     J(φ) = E[ Σ_t r_t ],  τ = (s_1, a_1, s_2, a_2, ...) ~ p_φ(τ)           (1)  rollout
     ∇J(φ) ≈ 1/N Σ_i Σ_t ∇ log π_φ(a_it|s_it) Ψ_it                         (2)  policy_loss
     Ψ_it = R(τ_i) = Σ_t' r_it'           the return of the whole episode   (3)  total_return
-    Ψ_it = Σ_{t'≥t} r_it'                causality: the reward-to-go       (4)  reward_to_go
+    Ψ_it = G_it = Σ_{t'≥t} r_it'         causality: the reward-to-go       (4)  reward_to_go
     φ ← φ + α ∇J(φ)                                                       (5)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
@@ -119,7 +119,7 @@ def total_return(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """(4) Ψ_it = G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
+    """(4) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
     returns = [torch.zeros_like(rewards[:, 0])]
     for reward in reversed(rewards.unbind(dim=1)):
         returns.append(reward + gamma * returns[-1])
@@ -177,7 +177,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
     quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
-    wandb.init(project=args.wandb_project, dir=run_dir, config=vars(args), settings=quiet)
+    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
     wandb.define_metric("*", step_metric="global_step")
     progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
 

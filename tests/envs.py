@@ -1,0 +1,58 @@
+"""Tiny environments whose observations and rewards tell what happened to them."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
+
+
+class Counting(gym.Env):
+    """Episodes of 2 to 6 steps; the observation is (length, t), the reward 100 t + action."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+
+    def __init__(self, action_space=None, truncates=False):
+        self.action_space = Discrete(2, start=1) if action_space is None else action_space
+        self.truncates = truncates
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length, self.t = int(self.np_random.integers(2, 7)), 0
+        return np.array([self.length, self.t], dtype=np.float64), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        reward = 100 * self.t + float(np.sum(action))
+        self.t += 1
+        done = self.t == self.length
+        obs = np.array([self.length, self.t], dtype=np.float64)
+        return obs, reward, done and not self.truncates, done and self.truncates, {}
+
+
+class Spaces(gym.Env):
+    """An env of any spaces, for what the scripts must refuse."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+def box(*shape, high=1.0):
+    return Box(-high, high, shape, np.float32)
+
+
+gym.register("Counting-v0", Counting)
+gym.register("Truncating-v0", Counting, kwargs={"truncates": True})
+gym.register(
+    "CountingBox-v0",
+    Counting,
+    kwargs={"action_space": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4"))},
+)
+REFUSED = {
+    "DictObs-v0": (Dict(a=box(2)), Discrete(2)),
+    "DiscreteObs-v0": (Discrete(4), Discrete(2)),
+    "ImageObs-v0": (box(4, 4), Discrete(2)),
+    "InfiniteBox-v0": (box(2), box(1, high=np.inf)),
+    "MatrixBox-v0": (box(2), box(2, 2)),
+    "MultiDiscrete-v0": (box(2), gym.spaces.MultiDiscrete([2, 2])),
+}
+for env_id, spaces in REFUSED.items():
+    gym.register(env_id, Spaces, kwargs={"observation_space": spaces[0], "action_space": spaces[1]})

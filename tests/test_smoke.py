@@ -1,0 +1,121 @@
+"""Every script, every option of every flag: an update happened and the checkpoint loads."""
+
+import json
+import subprocess
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from conftest import MODULES, ROOT, SCRIPTS, run
+
+TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 3}
+
+
+def options(module):
+    """(flag, value) for each choice of each flag; for a number, one that is not its default."""
+    hints = get_type_hints(module.Args)
+    for field in fields(module.Args):
+        assert field.default is not MISSING, f"{field.name} needs a default"
+        kind, default = hints[field.name], field.default
+        if get_origin(kind) is Literal:
+            values = set(get_args(kind)) - {"online", "cuda", "mps"}
+        elif kind is bool:
+            values = {not default}
+        elif kind is int:
+            values = {TINY.get(field.name, default) + 1}
+        elif kind is float:
+            values = {default / 2}
+        else:
+            values = {"env_id": {"Acrobot-v1"}, "wandb_project": {"elsewhere"}}[field.name]
+        yield from ((field.name, value) for value in sorted(values))
+
+
+CASES = [(m, name, value) for m in MODULES for name, value in options(m)]
+
+
+def trained(module, **settings):
+    """The checkpoint of a short run, after checking that every parameter moved."""
+    args = module.Args(**{"wandb_mode": "disabled", **TINY, **settings})
+    returns = module.train(args)
+    assert returns.shape == (args.eval_episodes,) and returns.isfinite().all()
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["args"] == vars(args)
+    assert checkpoint["global_step"] >= args.total_timesteps
+    torch.manual_seed(args.seed)
+    envs = module.make_envs(args.env_id, 1)
+    discrete = "Discrete" in str(envs.single_action_space)
+    dims = [module.flatdim(x) for x in (envs.single_observation_space, envs.single_action_space)]
+    before = module.Policy(*dims, discrete).state_dict()
+    assert before.keys() == checkpoint["policy"].keys()
+    for name, parameter in before.items():
+        assert not torch.equal(parameter, checkpoint["policy"][name]), name
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"), CASES, ids=[f"{m.__name__}-{n}-{v}" for m, n, v in CASES]
+)
+def test_every_option(module, name, value):
+    trained(module, **{name: value})
+
+
+@pytest.mark.parametrize("estimator", ["trajectory", "causal", "per_decision", "per_step"])
+def test_offpolicy_without_a_baseline(estimator):
+    trained(MODULES[2], estimator=estimator, baseline="none")
+
+
+def test_continuous_actions(script):
+    checkpoint = trained(script, env_id="Pendulum-v1")
+    assert "log_std" in checkpoint["policy"]
+
+
+def test_one_env(script):
+    trained(script, num_envs=1)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_as_a_user_starts_it(name, tmp_path):
+    result = run(name, "--total-timesteps", 300, "--num-envs", 4, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "greedy return" in result.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith(f"CartPole-v1__{name}__1__")
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] >= 300
+    assert [x.name for x in run_dir.glob("*.tmp")] == []
+
+
+def test_metrics_reach_wandb(script, tmp_path):
+    trained(script, wandb_mode="offline")
+    (directory,) = tmp_path.glob("runs/*/wandb/offline-run-*")
+    command = ["wandb", "leet", "inspect", "--json", directory]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    logged = {key for line in lines.splitlines() for key in keys(json.loads(line))}
+    charts = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    own = {
+        "reinforce": set(),
+        "pg_baseline": {f"variance/{b}" for b in ("none", "average", "value", "optimal")},
+        "offpolicy_pg": {"weights/effective_fraction", "weights/largest", "losses/kl"},
+    }[script.__name__]
+    expected = charts | own | {"losses/policy_loss", "eval/episodic_return", "global_step"}
+    assert expected <= logged, expected - logged
+
+
+def keys(record):
+    """All strings in a JSON record that could be a metric's name."""
+    if isinstance(record, dict):
+        return set(record).union(*map(keys, record.values()))
+    if isinstance(record, list):
+        return set().union(*map(keys, record))
+    return {record} if isinstance(record, str) else set()
+
+
+def test_copied_elsewhere_a_script_runs_alone(tmp_path):
+    for name in SCRIPTS:
+        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+        result = subprocess.run(
+            ["python", "-I", f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0 and "--total-timesteps" in result.stdout
