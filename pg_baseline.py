@@ -76,8 +76,7 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-        self.network = nn.Sequential(*hidden, nn.Linear(64, action_dim))
+        self.network = nn.Sequential(nn.Linear(obs_dim, 32), nn.Tanh(), nn.Linear(32, action_dim))
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
@@ -242,7 +241,7 @@ def train(args: Args) -> Tensor:
 
         # 4. fit V for the next batch
         obs, returns = obs[mask.bool()], returns[mask.bool()]
-        for rows in torch.randperm(len(obs), device=device).split(512):
+        for rows in torch.randperm(len(obs), device=device).split(128):
             value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()
             fit.zero_grad()
             value_loss.backward()

@@ -41,7 +41,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 300_000  # env steps; the batch under way is finished
+    total_timesteps: int = 400_000  # env steps; the batch under way is finished
     num_envs: int = 64  # N: envs stepped at once, one episode of each in a batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -50,7 +50,7 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ: (3) or (4)
-    learning_rate: float = 1e-2  # α
+    learning_rate: float = 2e-2  # α
     gamma: float = 1.0  # discount
 
     def __post_init__(self) -> None:
@@ -69,8 +69,7 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-        self.network = nn.Sequential(*hidden, nn.Linear(64, action_dim))
+        self.network = nn.Sequential(nn.Linear(obs_dim, 32), nn.Tanh(), nn.Linear(32, action_dim))
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
