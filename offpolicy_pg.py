@@ -44,7 +44,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 300_000  # env steps; the batch under way is finished
+    total_timesteps: int = 400_000  # env steps; the batch under way is finished
     num_envs: int = 64  # N: envs stepped at once, one episode of each in a batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -57,7 +57,8 @@ class Args:
     target_kl: float = 0.02  # δ
     baseline: Literal["none", "value"] = "value"  # subtract w V(s), (8)
     value_learning_rate: float = 1e-2  # of the fit of V
-    learning_rate: float = 1e-2  # α
+    learning_rate: float = 3e-2  # α at the first step, α / (1 + n / decay_steps) at the n-th
+    decay_steps: int = 100_000  # env steps that halve α: the gradient stays noisy to the end
     gamma: float = 1.0  # discount
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False
         distribution = policy(obs)
         actions = distribution.mode if greedy else distribution.sample()
         next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        rewards, mask = torch.from_numpy(np.stack((np.where(live, rewards, 0), live))).float()
+        rewards, mask = torch.from_numpy(np.where(live, (rewards, live), 0)).float()
         steps.append((obs, actions, rewards, mask, distribution.log_prob(actions)))
         live = live & ~(terminations | truncations)
     return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))

@@ -11,7 +11,7 @@
     b_it = mean of G_jt over the episodes j ≠ i                            (5)  average_baseline
     b_it = V(s_it), fitted on G after its use                              (6)  ValueNetwork
     b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,  the constant of least variance  (7)  optimal_baseline
-    φ ← φ + α ∇J(φ)                                                       (8)  train
+    φ ← φ + α ∇J(φ),  α decreasing       Adam, not the plain step         (8)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
     z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients
@@ -46,7 +46,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 300_000  # env steps; the batch under way is finished
+    total_timesteps: int = 400_000  # env steps; the batch under way is finished
     num_envs: int = 64  # N: envs stepped at once, one episode of each in a batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -57,7 +57,8 @@ class Args:
     baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6) or (7)
     normalize_advantages: bool = False  # divide Ψ by its standard deviation over the batch
     value_learning_rate: float = 1e-2  # of the fit of V
-    learning_rate: float = 1e-2  # α
+    learning_rate: float = 3e-2  # α at the first step, α / (1 + n / decay_steps) at the n-th
+    decay_steps: int = 100_000  # env steps that halve α: the gradient stays noisy to the end
     gamma: float = 1.0  # discount
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False
         obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
         actions = policy(obs).mode if greedy else policy(obs).sample()
         next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        rewards, mask = torch.from_numpy(np.stack((np.where(live, rewards, 0), live))).float()
+        rewards, mask = torch.from_numpy(np.where(live, (rewards, live), 0)).float()
         steps.append((obs, actions, rewards, mask))
         live = live & ~(terminations | truncations)
     return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
@@ -235,6 +236,7 @@ def train(args: Args) -> Tensor:
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # (8)

@@ -8,13 +8,13 @@
     ∇J(φ) ≈ 1/N Σ_i Σ_t ∇ log π_φ(a_it|s_it) Ψ_it                         (2)  policy_loss
     Ψ_it = R(τ_i) = Σ_t' r_it'           the return of the whole episode   (3)  total_return
     Ψ_it = G_it = Σ_{t'≥t} r_it'         causality: the reward-to-go       (4)  reward_to_go
-    φ ← φ + α ∇J(φ)                                                       (5)  train
+    φ ← φ + α ∇J(φ),  α decreasing       Adam, not the plain step         (5)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
 
 (2) averages over episodes, as the slides do; an average over steps would rescale it at random.
 The slides do not discount, so gamma is 1. Below 1, (3) discounts from the first step and (4) from
-step t, leaving out the exact gradient's γ^t, as is common. (5) is Adam's step, not the plain one.
+step t, leaving out the exact gradient's γ^t, as is common.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
@@ -50,7 +50,8 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ: (3) or (4)
-    learning_rate: float = 2e-2  # α
+    learning_rate: float = 3e-2  # α at the first step, α / (1 + n / decay_steps) at the n-th
+    decay_steps: int = 100_000  # env steps that halve α: the gradient stays noisy to the end
     gamma: float = 1.0  # discount
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False
         obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
         actions = policy(obs).mode if greedy else policy(obs).sample()
         next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        rewards, mask = torch.from_numpy(np.stack((np.where(live, rewards, 0), live))).float()
+        rewards, mask = torch.from_numpy(np.where(live, (rewards, live), 0)).float()
         steps.append((obs, actions, rewards, mask))
         live = live & ~(terminations | truncations)
     return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
@@ -190,6 +191,7 @@ def train(args: Args) -> Tensor:
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
+        optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # (5)
