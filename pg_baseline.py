@@ -46,7 +46,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 400_000  # env steps; the batch under way is finished
+    total_timesteps: int = 250_000  # env steps; the batch under way is finished
     num_envs: int = 64  # N: envs stepped at once, one episode of each in a batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -106,7 +106,7 @@ class Trajectories(NamedTuple):
 
 @torch.no_grad()
 def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False) -> Trajectories:
-    """(1) One whole episode of each env; a fixed number of steps would favour short ones."""
+    """(1) One whole episode of each env, whatever its length; seed 0 draws one from torch."""
     device, space = next(policy.parameters()).device, envs.single_action_space
     next_obs, _ = envs.reset(seed=seed or int(torch.randint(2**31 - envs.num_envs, ())))
     live, steps = np.ones(envs.num_envs, dtype=bool), []

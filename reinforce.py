@@ -92,7 +92,7 @@ class Trajectories(NamedTuple):
 
 @torch.no_grad()
 def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False) -> Trajectories:
-    """(1) One whole episode of each env; a fixed number of steps would favour short ones."""
+    """(1) One whole episode of each env, whatever its length; seed 0 draws one from torch."""
     device, space = next(policy.parameters()).device, envs.single_action_space
     next_obs, _ = envs.reset(seed=seed or int(torch.randint(2**31 - envs.num_envs, ())))
     live, steps = np.ones(envs.num_envs, dtype=bool), []

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import MODULES, ROOT, SCRIPTS, run
 
+INERT = {"device", "num_threads", "eval_episodes", "checkpoint_frequency"}
+INERT |= {"wandb_mode", "wandb_project"}
 TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 3}
 
 
@@ -24,7 +26,7 @@ def options(module):
         elif kind is bool:
             values = {not default}
         elif kind is int:
-            values = {TINY.get(field.name, default) + 1}
+            values = {2 * TINY[field.name] if field.name in TINY else 1 if default > 1 else 2}
         elif kind is float:
             values = {default / 2}
         else:
@@ -55,11 +57,26 @@ def trained(module, **settings):
     return checkpoint
 
 
+@pytest.fixture(scope="session")
+def default_policies(tmp_path_factory):
+    """The policy that each script learns when no flag is set."""
+    policies = {}
+    for module in MODULES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("default"))
+            policies[module] = trained(module)["policy"]
+    return policies
+
+
 @pytest.mark.parametrize(
     ("module", "name", "value"), CASES, ids=[f"{m.__name__}-{n}-{v}" for m, n, v in CASES]
 )
-def test_every_option(module, name, value):
-    trained(module, **{name: value})
+def test_every_option(module, name, value, default_policies):
+    """No flag is dead: those that are not about the machine or the log change what is learned."""
+    policy = trained(module, **{name: value})["policy"]
+    if name not in INERT and value not in (getattr(module.Args(), name), TINY.get(name)):
+        default = default_policies[module]
+        assert any(not torch.equal(policy[key], default[key]) for key in default)
 
 
 @pytest.mark.parametrize("estimator", ["trajectory", "causal", "per_decision", "per_step"])
