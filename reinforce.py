@@ -41,7 +41,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 400_000  # env steps; the batch under way is finished
+    total_timesteps: int = 350_000  # env steps; the batch under way is finished
     num_envs: int = 64  # N: envs stepped at once, one episode of each in a batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
