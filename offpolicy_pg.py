@@ -1,24 +1,24 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9.2", "wandb>=0.19", "tqdm", "numpy"]
 # ///
 """Off-policy policy gradient by importance sampling. Lecture: Off-policy PG.
 
     J(φ') = E[ Π_t ρ_t R(τ) ],  τ ~ p_φ(τ),  ρ_t = π_φ'(a_t|s_t) / π_φ(a_t|s_t)  (1)  rollout
-    ∇J(φ') ≈ 1/N Σ_i Σ_t ∇ log π_φ'(a_it|s_it) Ψ_it                       (2)  policy_loss
-    Ψ_t = Π_u ρ_u R(τ)                   "trajectory"         (3)  importance_weighted_psi
-    G_t = Σ_{t'≥t} r_t'                  the reward-to-go     (4)  reward_to_go
-    Ψ_t = Π_u ρ_u G_t                    "causal"             (5)  importance_weighted_psi
-    Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"       (6)  Precup et al., 2000
-    Ψ_t = ρ_t G_t                        "per_step"           (7)  the slides' final form
-    Ψ_t ← Ψ_t - w_t V(s_t),  w_t: the ρ that weight t         (8)  importance_weights
-    E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ                 (9)  train
-    ESS = (Σ w)² / Σ w²                                       (10) effective_sample_size
+    ∇J(φ') ≈ 1/N Σ_i Σ_t ∇ log π_φ'(a_it|s_it) Ψ_it                  (2)  policy_loss
+    Ψ_t = Π_u ρ_u R(τ)                   "trajectory"                 (3)  importance_weighted_psi
+    G_t = Σ_{t'≥t} r_t'                  the reward-to-go             (4)  reward_to_go
+    Ψ_t = Π_u ρ_u G_t                    "causal"                     (5)  importance_weighted_psi
+    Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"               (6)  importance_weighted_psi
+    Ψ_t = ρ_t G_t                        "per_step", the last slide's (7)  importance_weighted_psi
+    Ψ_t ← Ψ_t - w_t V(s_t),  w_t: Π_u ρ_u, Π_{u≤t} ρ_u in (6), ρ_t in (7)  (8)  log_weights
+    E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ,  or no further step    (9)  train
+    ESS = (Σ w)² / Σ w²,  over all steps                             (10)  effective_sample_size
 
     N num_envs    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
 
-The slide's causality is (5); (6) also drops the ratios after t'. The variance of all three products
-is exponential in T. (7) is biased: it has no ratio of the states, and the old policy's future.
+The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
+of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -58,7 +58,7 @@ class Args:
     baseline: Literal["none", "value"] = "value"  # subtract w V(s), (8)
     value_learning_rate: float = 1e-2  # of the fit of V
     learning_rate: float = 5e-3  # α
-    gamma: float = 1.0  # discount
+    gamma: float = 1.0  # discount; the slides have none
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
@@ -95,11 +95,11 @@ class ValueNetwork(nn.Sequential):
 
 
 class Trajectories(NamedTuple):
-    """N whole episodes, one a row, padded to the longest, T."""
+    """N whole episodes, one a row, padded to the longest, T, with what came after their end."""
 
     obs: Tensor  # (N, T, obs_dim)
     actions: Tensor  # (N, T) discrete, or (N, T, action_dim) normalised to [-1, 1], unclipped
-    rewards: Tensor  # (N, T), 0 on padding
+    rewards: Tensor  # (N, T), but 0 on padding
     mask: Tensor  # (N, T), 1 on steps, 0 on padding
     log_probs: Tensor  # (N, T), log π_φ(a|s) from the moment of acting
 
@@ -122,10 +122,11 @@ def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False
 
 
 def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
-    """What the envs see: discrete actions, or normalised ones clipped and scaled to the bounds."""
+    """What the envs see: discrete actions, or normalised ones scaled to the bounds and clipped."""
+    actions = actions.cpu().numpy()
     if isinstance(space, Discrete):
-        return space.start + actions.cpu().numpy()
-    return space.low + (space.high - space.low) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
+        return space.start + actions
+    return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -137,31 +138,32 @@ def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
-    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each; its gradient is -∇J(φ)."""
+    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J(φ)."""
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
-def importance_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
-    """(8) log w_t, (N, T): Σ_u log ρ_u over the episode, up to t in (6), at t in (7)."""
+def log_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
+    """(8) log w_t = Σ_u log ρ_u, (N, T): over the episode, up to t in (6), of t alone in (7)."""
     log_ratio = mask * log_ratio
-    partial = {"per_step": log_ratio, "per_decision": log_ratio.cumsum(dim=1)}
-    return partial.get(estimator, log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio))
+    whole = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    partial = {"per_decision": log_ratio.cumsum(dim=1), "per_step": log_ratio}
+    return {"trajectory": whole, "causal": whole, **partial}[estimator]
 
 
 def importance_weighted_psi(
     log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str
 ) -> Tensor:
     """(3) and (5) to (7), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
-    weights = importance_weights(log_ratio, mask, estimator).exp().detach()
+    weights = log_weights(log_ratio, mask, estimator).exp().detach()
     if estimator == "per_decision":
-        return reward_to_go(weights * rewards, gamma)
+        return reward_to_go(weights * rewards, gamma)  # (6)
     returns = reward_to_go(rewards, gamma)
-    return weights * (returns[:, :1] if estimator == "trajectory" else returns)
+    return weights * (returns[:, :1] if estimator == "trajectory" else returns)  # (3), (5), (7)
 
 
-def effective_sample_size(log_weights: Tensor) -> Tensor:
+def effective_sample_size(log_w: Tensor) -> Tensor:
     """(10) From log w, (n,): n for equal weights, 1 if one of them is nearly everything."""
-    return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
+    return (2 * log_w.logsumexp(dim=0) - (2 * log_w).logsumexp(dim=0)).exp()
 
 
 def make_envs(env_id: str, num_envs: int) -> VectorEnv:
@@ -203,7 +205,6 @@ def train(args: Args) -> Tensor:
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
-    # Returns grow twentyfold within ten updates: Adam's usual β2, 0.999, would remember too long.
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, (0.9, 0.99), fused=True)
     value_network = ValueNetwork(obs_dim).to(device)
     fit = torch.optim.Adam(value_network.parameters(), args.value_learning_rate, fused=True)
@@ -224,14 +225,14 @@ def train(args: Args) -> Tensor:
         for updates in range(args.num_updates + 1):
             # 2. estimate ∇J(φ'), unless π_φ' has gone too far from π_φ
             distribution = policy(obs)
-            kl = kl_divergence(distribution, behavior)[live].mean()  # (9)
-            if kl > args.target_kl or updates == args.num_updates:
-                break
             log_probs = distribution.log_prob(actions)
             log_ratio = (log_probs - behavior_log_probs).detach()
-            log_weights = importance_weights(log_ratio, mask, args.estimator)
+            log_w = log_weights(log_ratio, mask, args.estimator)
+            kl = kl_divergence(distribution, behavior)[live].mean()
+            if kl > args.target_kl or updates == args.num_updates:
+                break  # (9)
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
-            psi = psi - log_weights.exp() * values if args.baseline == "value" else psi  # (8)
+            psi = psi - log_w.exp() * values if args.baseline == "value" else psi  # (8)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
@@ -255,8 +256,8 @@ def train(args: Args) -> Tensor:
             "losses/policy_loss": loss.item(),
             "losses/value_loss": value_loss.item(),
             "losses/kl": kl.item(),
-            "weights/effective_fraction": effective_sample_size(log_weights[live]).item() / steps,
-            "weights/largest": log_weights[live].max().exp().item(),
+            "weights/effective_fraction": effective_sample_size(log_w[live]).item() / steps,
+            "weights/largest": log_w[live].max().exp().item(),
         }
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")

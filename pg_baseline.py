@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9.2", "wandb>=0.19", "tqdm", "numpy"]
 # ///
 """REINFORCE with a baseline (Williams, 1992). Lecture: Reducing variance.
@@ -9,15 +9,15 @@
     Ψ_it = G_it - b_it                                                     (3)  train
     G_it = Σ_{t'≥t} r_it'                causality: the reward-to-go       (4)  reward_to_go
     b_it = mean of G_jt over the episodes j ≠ i                            (5)  average_baseline
-    b_it = V(s_it), fitted on G after its use                              (6)  ValueNetwork
+    b_it = V(s_it), a network fitted on G                                  (6)  ValueNetwork
     b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,  the constant of least variance  (7)  optimal_baseline
-    φ ← φ + α ∇J(φ),  α decreasing       Adam, not the plain step         (8)  train
+    φ ← φ + α ∇J(φ)                      α decreases                      (8)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
     z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients
 
-No b_it may depend on a_it, or (2) is biased: (5) and (7) leave episode i out, V is fitted after its
-use. At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; reward-to-go adds cross terms to z·g.
+Unbiased, as no b_it depends on a_it: (5) and (7) leave episode i out, (6) is fitted after its use.
+At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; G adds the cross terms in z·g.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
     diff pg_baseline.py offpolicy_pg.py     # next: several steps on one batch
@@ -55,11 +55,11 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6) or (7)
-    normalize_advantages: bool = False  # divide Ψ by its standard deviation over the batch
+    normalize_advantages: bool = False  # divide Ψ by its deviation over the batch; biased
     value_learning_rate: float = 1e-2  # of the fit of V
-    learning_rate: float = 3e-2  # α at the first step, α / (1 + n / decay_steps) at the n-th
-    decay_steps: int = 100_000  # env steps that halve α: the gradient stays noisy to the end
-    gamma: float = 1.0  # discount
+    learning_rate: float = 3e-2  # α at first; α / (1 + n / decay_steps) after n env steps
+    decay_steps: int = 100_000  # env steps that halve α
+    gamma: float = 1.0  # discount; the slides have none
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
@@ -96,11 +96,11 @@ class ValueNetwork(nn.Sequential):
 
 
 class Trajectories(NamedTuple):
-    """N whole episodes, one a row, padded to the longest, T."""
+    """N whole episodes, one a row, padded to the longest, T, with what came after their end."""
 
     obs: Tensor  # (N, T, obs_dim)
     actions: Tensor  # (N, T) discrete, or (N, T, action_dim) normalised to [-1, 1], unclipped
-    rewards: Tensor  # (N, T), 0 on padding
+    rewards: Tensor  # (N, T), but 0 on padding
     mask: Tensor  # (N, T), 1 on steps, 0 on padding
 
 
@@ -121,10 +121,11 @@ def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False
 
 
 def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
-    """What the envs see: discrete actions, or normalised ones clipped and scaled to the bounds."""
+    """What the envs see: discrete actions, or normalised ones scaled to the bounds and clipped."""
+    actions = actions.cpu().numpy()
     if isinstance(space, Discrete):
-        return space.start + actions.cpu().numpy()
-    return space.low + (space.high - space.low) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
+        return space.start + actions
+    return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -136,7 +137,7 @@ def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
-    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each; its gradient is -∇J(φ)."""
+    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J(φ)."""
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
@@ -201,7 +202,6 @@ def train(args: Args) -> Tensor:
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
-    # Returns grow twentyfold within ten updates: Adam's usual β2, 0.999, would remember too long.
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, (0.9, 0.99), fused=True)
     value_network = ValueNetwork(obs_dim).to(device)
     fit = torch.optim.Adam(value_network.parameters(), args.value_learning_rate, fused=True)
@@ -217,22 +217,23 @@ def train(args: Args) -> Tensor:
     while global_step < args.total_timesteps:
         # 1. sample {τ_i} from π_φ
         obs, actions, rewards, mask = rollout(envs, policy)  # (1)
+        live, steps = mask.bool(), int(mask.sum())
 
         # 2. estimate ∇J(φ)
         returns = reward_to_go(rewards, args.gamma)  # (4)
-        g = partial(trajectory_gradients, policy, obs, actions)
+        gradients = partial(trajectory_gradients, policy, obs, actions)
         baselines = {
             "none": torch.zeros_like(returns),
             "average": average_baseline(returns, mask),  # (5)
             "value": value_network(obs).detach(),  # (6)
-            "optimal": optimal_baseline(g(mask), g(mask * returns)),  # (7)
+            "optimal": optimal_baseline(gradients(mask), gradients(mask * returns)),  # (7)
         }
         variances = {  # of one episode's gradient, on this batch, under each baseline
-            f"variance/{name}": g(mask * (returns - b)).var(dim=0, correction=0).sum().item()
+            f"variance/{name}": gradients(mask * (returns - b)).var(0, correction=0).sum().item()
             for name, b in baselines.items()
         }
         psi = returns - baselines[args.baseline]  # (3)
-        psi = psi / psi[mask.bool()].std() if args.normalize_advantages else psi
+        psi = psi / (psi[live].std(correction=0) + 1e-8) if args.normalize_advantages else psi
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
@@ -242,14 +243,13 @@ def train(args: Args) -> Tensor:
         optimizer.step()  # (8)
 
         # 4. fit V for the next batch
-        obs, returns = obs[mask.bool()], returns[mask.bool()]
+        obs, returns = obs[live], returns[live]
         for rows in torch.randperm(len(obs), device=device).split(128):
             value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()
             fit.zero_grad()
             value_loss.backward()
             fit.step()
 
-        steps = int(mask.sum())
         global_step += steps
         metrics = {
             "charts/episodic_return": rewards.sum(dim=1).mean().item(),

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9.2", "wandb>=0.19", "tqdm", "numpy"]
 # ///
 """REINFORCE, the Monte-Carlo policy gradient (Williams, 1992). Lecture: Policy gradient theorem.
@@ -8,13 +8,14 @@
     ∇J(φ) ≈ 1/N Σ_i Σ_t ∇ log π_φ(a_it|s_it) Ψ_it                         (2)  policy_loss
     Ψ_it = R(τ_i) = Σ_t' r_it'           the return of the whole episode   (3)  total_return
     Ψ_it = G_it = Σ_{t'≥t} r_it'         causality: the reward-to-go       (4)  reward_to_go
-    φ ← φ + α ∇J(φ),  α decreasing       Adam, not the plain step         (5)  train
+    φ ← φ + α ∇J(φ)                      α decreases                      (5)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
 
 (2) averages over episodes, as the slides do; an average over steps would rescale it at random.
-The slides do not discount, so gamma is 1. Below 1, (3) discounts from the first step and (4) from
-step t, leaving out the exact gradient's γ^t, as is common.
+The slides do not discount, so gamma is 1; below 1, (4) leaves out the γ^t of the exact gradient, as
+is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the returns grow from batch to
+batch. Its α decreases, because without a baseline the gradient stays noisy to the end.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
@@ -50,9 +51,9 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ: (3) or (4)
-    learning_rate: float = 3e-2  # α at the first step, α / (1 + n / decay_steps) at the n-th
-    decay_steps: int = 100_000  # env steps that halve α: the gradient stays noisy to the end
-    gamma: float = 1.0  # discount
+    learning_rate: float = 3e-2  # α at first; α / (1 + n / decay_steps) after n env steps
+    decay_steps: int = 100_000  # env steps that halve α
+    gamma: float = 1.0  # discount; the slides have none
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
@@ -82,11 +83,11 @@ class Policy(nn.Module):
 
 
 class Trajectories(NamedTuple):
-    """N whole episodes, one a row, padded to the longest, T."""
+    """N whole episodes, one a row, padded to the longest, T, with what came after their end."""
 
     obs: Tensor  # (N, T, obs_dim)
     actions: Tensor  # (N, T) discrete, or (N, T, action_dim) normalised to [-1, 1], unclipped
-    rewards: Tensor  # (N, T), 0 on padding
+    rewards: Tensor  # (N, T), but 0 on padding
     mask: Tensor  # (N, T), 1 on steps, 0 on padding
 
 
@@ -107,10 +108,11 @@ def rollout(envs: VectorEnv, policy: Policy, seed: int = 0, greedy: bool = False
 
 
 def env_actions(actions: Tensor, space: gym.Space) -> np.ndarray:
-    """What the envs see: discrete actions, or normalised ones clipped and scaled to the bounds."""
+    """What the envs see: discrete actions, or normalised ones scaled to the bounds and clipped."""
+    actions = actions.cpu().numpy()
     if isinstance(space, Discrete):
-        return space.start + actions.cpu().numpy()
-    return space.low + (space.high - space.low) * (actions.clamp(-1, 1).cpu().numpy() + 1) / 2
+        return space.start + actions
+    return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
 
 
 def total_return(rewards: Tensor, gamma: float) -> Tensor:
@@ -127,7 +129,7 @@ def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
-    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each; its gradient is -∇J(φ)."""
+    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J(φ)."""
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
@@ -170,7 +172,6 @@ def train(args: Args) -> Tensor:
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
-    # Returns grow twentyfold within ten updates: Adam's usual β2, 0.999, would remember too long.
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, (0.9, 0.99), fused=True)
     modules = {"policy": policy, "optimizer": optimizer}
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
@@ -186,8 +187,8 @@ def train(args: Args) -> Tensor:
         obs, actions, rewards, mask = rollout(envs, policy)  # (1)
 
         # 2. estimate ∇J(φ)
-        estimator = total_return if args.estimator == "total_return" else reward_to_go
-        psi = estimator(rewards, args.gamma)  # (3) or (4)
+        estimators = {"total_return": total_return, "reward_to_go": reward_to_go}  # (3), (4)
+        psi = estimators[args.estimator](rewards, args.gamma)
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1

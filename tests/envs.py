@@ -6,7 +6,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 
 
 class Counting(gym.Env):
-    """Episodes of 2 to 6 steps; the observation is (length, t), the reward 100 t + action."""
+    """Episodes of 1 to 6 steps; the observation is (length, t), the reward 100 t + action."""
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float64)
 
@@ -16,7 +16,7 @@ class Counting(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.length, self.t = int(self.np_random.integers(2, 7)), 0
+        self.length, self.t = int(self.np_random.integers(1, 7)), 0
         return np.array([self.length, self.t], dtype=np.float64), {}
 
     def step(self, action):

@@ -132,6 +132,8 @@ def test_env_actions_clip_and_scale_to_a_lopsided_box(script):
     expected = np.array([[-1.0, 10.0], [1.0, 5.0], [2.0, 2.5], [-1.0, 10.0]], "f4")
     np.testing.assert_array_equal(script.env_actions(actions, space), expected)
     assert script.env_actions(actions, space).dtype == np.float32
+    space = gym.spaces.Box(-1.0, 0.1, (1,), np.float32)  # (0.1 - -1) + -1 is more than 0.1
+    assert all(space.contains(a) for a in script.env_actions(torch.tensor([[1.0], [9.0]]), space))
 
 
 def test_env_actions_of_a_discrete_space_that_starts_at_3(script):
@@ -237,8 +239,8 @@ def test_equations_3_and_5_to_7(estimator, gamma, expected):
         ("per_step", [[2.0, 0.5, 3.0], [4.0, 0.25]]),
     ],
 )
-def test_equation_8_importance_weights(estimator, expected):
-    weights = offpolicy_pg.importance_weights(LOG_RATIO, MASK, estimator).exp()
+def test_equation_8_log_weights(estimator, expected):
+    weights = offpolicy_pg.log_weights(LOG_RATIO, MASK, estimator).exp()
     torch.testing.assert_close(weights[0], torch.tensor(expected[0]))
     torch.testing.assert_close(weights[1, :2], torch.tensor(expected[1]))
 

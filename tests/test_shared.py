@@ -3,10 +3,10 @@
 import ast
 import re
 import sys
+import tomllib
 from itertools import combinations
 
 import pytest
-import tomllib
 from conftest import ROOT, SCRIPTS
 from packaging.requirements import Requirement
 
