@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9.2", "wandb>=0.19", "tqdm", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.19", "tqdm>=4", "numpy"]
 # ///
 """REINFORCE with a baseline (Williams, 1992). Lecture: Reducing variance.
 
