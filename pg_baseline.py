@@ -11,7 +11,7 @@
     b_it = mean of G_jt over the episodes j ≠ i                            (5)  average_baseline
     b_it = V(s_it), a network fitted on G                                  (6)  ValueNetwork
     b_i = Σ_{j≠i} z_j·g_j / Σ_{j≠i} z_j·z_j,  the constant of least variance  (7)  optimal_baseline
-    φ ← φ + α ∇J(φ)                      α decreases                      (8)  train
+    φ ← φ + α ∇J(φ)                      α decreases                       (8)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
     z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients

@@ -8,7 +8,7 @@
     ∇J(φ) ≈ 1/N Σ_i Σ_t ∇ log π_φ(a_it|s_it) Ψ_it                         (2)  policy_loss
     Ψ_it = R(τ_i) = Σ_t' r_it'           the return of the whole episode   (3)  total_return
     Ψ_it = G_it = Σ_{t'≥t} r_it'         causality: the reward-to-go       (4)  reward_to_go
-    φ ← φ + α ∇J(φ)                      α decreases                      (5)  train
+    φ ← φ + α ∇J(φ)                      α decreases                       (5)  train
 
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
 
