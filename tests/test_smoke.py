@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -107,7 +108,7 @@ def test_as_a_user_starts_it(name, tmp_path):
 def test_metrics_reach_wandb(script, tmp_path):
     trained(script, wandb_mode="offline")
     (directory,) = tmp_path.glob("runs/*/wandb/offline-run-*")
-    command = ["wandb", "leet", "inspect", "--json", directory]
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", directory]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     logged = {key for line in lines.splitlines() for key in keys(json.loads(line))}
     charts = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
@@ -133,6 +134,9 @@ def test_copied_elsewhere_a_script_runs_alone(tmp_path):
     for name in SCRIPTS:
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
         result = subprocess.run(
-            ["python", "-I", f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-I", f"{name}.py", "--help"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 0 and "--total-timesteps" in result.stdout
