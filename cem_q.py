@@ -1,0 +1,404 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.19", "tqdm>=4", "numpy"]
+# ///
+"""Q-learning with continuous actions, the max by search. Lecture: Options 1 and 2.
+
+    a = argmax_a' Q_φ(s, a') + σ N(0, I)                                (1)  select_actions
+    argmax_a' Q(s, a') over the box [-1, 1]^d, by --maximizer           (2)  argmax_action
+    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    y = r + γ (1 - terminated) Q_φ⁻(s', argmax_a' Q_φ⁻(s', a'))         (4)  td_target
+    φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
+    φ⁻ ← τ φ + (1 - τ) φ⁻                                               (6)  update_target
+    grid: the best of bins^d points                                     (7)  argmax_grid
+    gradient: a ← a + α ∇_a Q / |∇_a Q|, from many starts               (8)  argmax_gradient
+    cem: a ~ N(m, diag v), then m and v are those of the elites         (9)  argmax_cem
+    cmaes: a ~ N(m, σ² C), and σ and C learn from the steps of m        (10) argmax_cmaes
+
+    N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
+
+(9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016). The slide's
+"stuck in the local minimum" is a maximum; time/maximizing shows its "slow".
+
+    python cem_q.py --env-id Pendulum-v1
+    diff cem_q.py naf.py        # next: a Q whose max is known
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+import wandb
+from gymnasium.spaces import Box, flatdim
+from gymnasium.vector import VectorEnv
+from torch import Tensor, cuda, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
+    seed: int = 1  # fixes the whole run, bit for bit on a CPU
+    total_timesteps: int = 20_000  # env steps; the vector step under way is finished
+    num_envs: int = 8  # N: envs stepped at once
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
+    num_threads: int = 1  # of the CPU; one is fastest for networks of this size
+    eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
+    checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
+    wandb_project: str = "rl-by-equation"
+    learning_rate: float = 3e-3  # η
+    anneal_lr: bool = True  # η falls to 0
+    gamma: float = 0.98  # discount
+    buffer_size: int = 50_000  # transitions
+    batch_size: int = 128  # transitions in an update
+    num_updates: int = 2  # after each step of the N envs
+    learning_starts: int = 1_000  # env steps before the first update, by random actions
+    tau: float = 0.02  # in each update; 1 copies φ to φ⁻
+    exploration_noise: float = 0.2  # σ
+    maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"
+    bins: int = 21  # of grid, in each dimension
+    num_samples: int = 32  # of cem and cmaes, in an iteration
+    num_starts: int = 8  # of gradient
+    num_elites: int = 4  # of cem
+    iterations: int = 2  # of gradient, cem and cmaes
+
+    def __post_init__(self) -> None:
+        """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
+        for name, value in vars(self).items():  # an int is a count from 1, a float a rate
+            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
+        if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
+            raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
+        if self.batch_size > self.buffer_size:
+            raise ValueError("--batch-size must be at most --buffer-size")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be less than --total-timesteps")
+        make_envs(self.env_id, 1).close()
+
+
+class QNetwork(nn.Sequential):
+    """Q_φ(s, a): (..., obs_dim) and (..., action_dim) to (...)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        hidden = [nn.Linear(obs_dim + action_dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+        super().__init__(*hidden, nn.Linear(64, 1), nn.Flatten(-2))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return super().forward(torch.cat([obs, actions], dim=-1))
+
+
+class Batch(NamedTuple):
+    obs: Tensor  # (B, obs_dim)
+    actions: Tensor  # (B,) discrete, or (B, action_dim) normalised to [-1, 1]
+    rewards: Tensor  # (B,)
+    next_obs: Tensor  # (B, obs_dim), of the same episode, also at its end
+    terminations: Tensor  # (B,), 1 if next_obs has no future, 0 if the time limit came
+
+
+class ReplayBuffer(nn.Module):
+    """(3) The last `capacity` transitions, in a ring; a module, so that checkpoints hold it."""
+
+    def __init__(self, capacity: int, obs_shape, action_shape, action_dtype, device):
+        super().__init__()
+        for name, shape in zip(Batch._fields, (obs_shape, action_shape, (), obs_shape, ())):
+            dtype = action_dtype if name == "actions" else torch.float32
+            self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+
+    def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
+        """The fields of a Batch of any length, the oldest first; returns the rows they are in."""
+        length, capacity = len(transitions[0]), len(self.rewards)
+        rows = (self.count + torch.arange(length, device=self.count.device)) % capacity
+        for name, values in zip(Batch._fields, transitions):
+            stored = getattr(self, name)
+            stored[rows[-capacity:]] = torch.as_tensor(values[-capacity:]).to(stored)
+        self.count += length
+        return rows[-capacity:]
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
+
+    def sample(self, batch_size: int) -> Batch:
+        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
+        return self[draws % self.count.clamp(max=len(self.rewards))]
+
+
+def env_actions(actions: Tensor, space: Box) -> np.ndarray:
+    """What the envs see: actions scaled to their bounds, and clipped to them."""
+    actions = actions.cpu().numpy()
+    return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
+
+
+@torch.no_grad()
+def argmax_grid(q_function: Callable, batch_size: int, action_dim: int, bins=21, device=None):
+    """(7) Option 1: the best of all bins^d points of a grid."""
+    axis = torch.linspace(-1, 1, bins, device=device)
+    grid = torch.cartesian_prod(*[axis] * action_dim).view(-1, action_dim)
+    return grid[q_function(grid.expand(batch_size, -1, -1)).argmax(dim=1)]
+
+
+@torch.enable_grad()
+def argmax_gradient(
+    q_function: Callable,
+    batch_size: int,
+    action_dim: int,
+    num_starts=32,
+    iterations=10,
+    device=None,
+) -> Tensor:
+    """(8) Option 2, gradient ascent: the best of the points reached, α falls from 0.5 to 0."""
+    actions = 2 * torch.rand(batch_size, num_starts, action_dim, device=device) - 1
+    for i in range(iterations):
+        (gradient,) = torch.autograd.grad(q_function(actions.requires_grad_()).sum(), actions)
+        step = (0.5 - 0.5 * i / iterations) * nn.functional.normalize(gradient, dim=-1)
+        actions = (actions.detach() + step).clamp(-1, 1)
+    best = q_function(actions).argmax(dim=1)
+    return actions[torch.arange(batch_size, device=device), best]
+
+
+@torch.no_grad()
+def argmax_cem(
+    q_function: Callable,
+    batch_size: int,
+    action_dim: int,
+    num_samples=64,
+    num_elites=6,
+    iterations=2,
+    min_std=0.05,
+    device=None,
+) -> Tensor:
+    """(9) Option 2, cross-entropy method: the mean of the last elites."""
+    mean = torch.zeros(batch_size, 1, action_dim, device=device)
+    std = torch.ones_like(mean)
+    for _ in range(iterations):
+        noise = torch.randn(batch_size, num_samples, action_dim, device=device)
+        actions = (mean + std * noise).clamp(-1, 1)
+        best = q_function(actions).topk(num_elites, dim=1).indices
+        elites = actions.take_along_dim(best.unsqueeze(-1), dim=1)
+        mean = elites.mean(dim=1, keepdim=True)
+        std = elites.std(dim=1, keepdim=True, correction=0).clamp(min=min_std)
+    return mean.squeeze(1)
+
+
+@torch.no_grad()
+def argmax_cmaes(
+    q_function: Callable,
+    batch_size: int,
+    action_dim: int,
+    num_samples=16,
+    iterations=10,
+    min_std=0.05,
+    device=None,
+) -> Tensor:
+    """(10) Option 2, CMA-ES: the last mean. Samples outside the box count as its nearest point."""
+    n, num_elites = action_dim, max(1, num_samples // 2)
+    w = math.log(num_elites + 0.5) - torch.arange(1, num_elites + 1, device=device).log()
+    w = w / w.sum()
+    size = 1 / float(w.square().sum())  # the effective number of elites, μ_w
+    c_sigma, c_path = (size + 2) / (n + size + 5), (4 + size / n) / (n + 4 + 2 * size / n)
+    c_1 = 2 / ((n + 1.3) ** 2 + size)
+    c_w = min(1 - c_1, 2 * (size - 2 + 1 / size) / ((n + 2) ** 2 + size))
+    damping = 1 + c_sigma + 2 * max(0, ((size - 1) / (n + 1)) ** 0.5 - 1)
+    length = n**0.5 * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # E |N(0, I)|
+    mean, path_sigma, path = torch.zeros(3, batch_size, 1, n, device=device)
+    sigma, C = torch.full_like(mean[..., :1], 0.5), torch.eye(n, device=device)
+    for _ in range(iterations):
+        variances, axes = torch.linalg.eigh(C)
+        stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=min_std)
+        noise = torch.randn(batch_size, num_samples, n, device=device)
+        actions = (mean + noise * stds @ axes.mT).clamp(-1, 1)
+        best = q_function(actions).topk(num_elites, dim=1).indices
+        steps = actions.take_along_dim(best.unsqueeze(-1), dim=1) - mean
+        step = (w[:, None] * steps).sum(dim=1, keepdim=True)
+        mean = mean + step
+        white = (step @ axes / stds) @ axes.mT  # C^-½ step / σ
+        path_sigma = (1 - c_sigma) * path_sigma + (c_sigma * (2 - c_sigma) * size) ** 0.5 * white
+        path = (1 - c_path) * path + (c_path * (2 - c_path) * size) ** 0.5 * step / sigma
+        C_w = (w * steps.mT) @ steps / sigma**2
+        C = (1 - c_1 - c_w) * C + c_1 * path.mT @ path + c_w * C_w
+        growth = path_sigma.norm(dim=-1, keepdim=True) / length - 1
+        sigma = sigma * (c_sigma / damping * growth).exp()
+    return mean.squeeze(1)
+
+
+@torch.no_grad()
+def argmax_action(q_network: nn.Module, obs: Tensor, maximizer: Callable) -> Tensor:
+    """(2) For each of obs (B, obs_dim) the action of the highest Q that was found, (B, A)."""
+
+    def q_function(actions: Tensor) -> Tensor:  # (B, K, A) to (B, K)
+        return q_network(obs.unsqueeze(1).expand(-1, actions.shape[1], -1), actions)
+
+    return maximizer(q_function, len(obs))
+
+
+def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, sigma: float) -> Tensor:
+    """(1) (N, A), in the box."""
+    actions = argmax_action(q_network, obs, maximizer)
+    return (actions + sigma * torch.randn_like(actions)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def td_target(batch: Batch, next_actions: Tensor, target_network, gamma: float) -> Tensor:
+    """(4) From argmax_a' Q_φ⁻(s', a'), (B, A): (B,)."""
+    next_q = target_network(batch.next_obs, next_actions)
+    return batch.rewards + gamma * (1 - batch.terminations) * next_q
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """(6) φ⁻ ← τ φ + (1 - τ) φ⁻."""
+    for target, parameter in zip(target_network.parameters(), q_network.parameters()):
+        target.lerp_(parameter, tau)
+
+
+def make_envs(env_id: str, num_envs: int) -> VectorEnv:
+    """Vector env; ValueError if there is none of that id or its spaces are not supported."""
+    try:
+        envs = gym.make_vec(env_id, num_envs=num_envs)
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id}: {error}") from error
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    if not (isinstance(obs, Box) and len(obs.shape) == 1):
+        raise ValueError(f"--env-id {env_id}: {obs} is not a 1-D Box; use FlattenObservation")
+    if not (isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()):
+        raise ValueError(f"--env-id {env_id}: {actions} is not a bounded 1-D Box; see dqn.py")
+    return envs
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
+    """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
+    torch.save(state, run_dir / "checkpoint.tmp")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+
+
+@torch.no_grad()
+def evaluate(policy: Callable, env_id: str, episodes: int, device: torch.device) -> Tensor:
+    """Return of an episode of policy(obs) in each of `episodes` envs, (episodes,); fixed seed."""
+    envs, returns = make_envs(env_id, episodes), torch.zeros(episodes, dtype=torch.float64)
+    next_obs, _ = envs.reset(seed=1)
+    live = np.ones(episodes, dtype=bool)
+    while live.any():
+        actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
+        actions = env_actions(actions, envs.single_action_space)
+        next_obs, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += torch.from_numpy(np.where(live, rewards, 0))
+        live = live & ~(terminations | truncations)
+    envs.close()
+    return returns
+
+
+def train(args: Args) -> Tensor:
+    """Returns of the greedy evaluation, (eval_episodes,)."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, space = flatdim(envs.single_observation_space), envs.single_action_space
+    q_network = QNetwork(obs_dim, flatdim(space)).to(device)
+    optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
+    target_network = deepcopy(q_network)
+    buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
+    modules = {"q_network": q_network, "target_network": target_network}
+    modules |= {"optimizer": optimizer, "buffer": buffer}
+    names = {
+        "grid": ["bins"],
+        "gradient": ["num_starts", "iterations"],
+        "cem": ["num_samples", "num_elites", "iterations"],
+        "cmaes": ["num_samples", "iterations"],
+    }[args.maximizer]
+    settings = {name: getattr(args, name) for name in names}
+    maximizer = globals()[f"argmax_{args.maximizer}"]
+    maximizer = partial(maximizer, action_dim=flatdim(space), device=device, **settings)
+    if args.maximizer == "grid":
+        print(f"a grid of {args.bins}^{flatdim(space)} = {args.bins ** flatdim(space)} actions")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
+    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
+    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
+    wandb.define_metric("*", step_metric="global_step")
+    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
+
+    next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
+    live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
+    returns, lengths = np.zeros((2, args.num_envs))
+    maximizing = 0.0
+    while global_step < args.total_timesteps:
+        # 1. act, and keep (s, a, r, s')
+        fraction = global_step / args.total_timesteps
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+        actions = select_actions(q_network, obs, maximizer, args.exploration_noise)  # (1)
+        if global_step < args.learning_starts:
+            actions.uniform_(-1, 1)
+        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+        transitions = obs, actions, rewards, next_obs, terminations
+        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
+        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
+        live = ~(terminations | truncations)
+        episodes.extend(zip(returns[~live], lengths[~live]))
+        returns, lengths = returns * live, lengths * live
+        progress.update(steps)
+        global_step += steps
+        if global_step < args.learning_starts:
+            continue
+
+        # 2. update on transitions of the buffer
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+        for _ in range(args.num_updates):
+            batch = buffer.sample(args.batch_size)  # (3)
+            start = perf_counter()
+            next_actions = argmax_action(target_network, batch.next_obs, maximizer)  # (2)
+            maximizing += perf_counter() - start
+            y = td_target(batch, next_actions, target_network, args.gamma)  # (4)
+            q_values = q_network(batch.obs, batch.actions)
+            loss = 0.5 * (q_values - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()  # (5)
+            update_target(target_network, q_network, args.tau)  # (6)
+
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        last = global_step >= args.total_timesteps
+        if episodes and (global_step % 500 < steps or last):
+            episodic_return, episodic_length = np.mean(episodes, axis=0)
+            metrics = {
+                "charts/episodic_return": episodic_return,
+                "charts/episodic_length": episodic_length,
+                "charts/SPS": progress.format_dict["rate"] or 0.0,
+                "losses/td_loss": loss.item(),
+                "losses/q_values": q_values.mean().item(),
+                "time/maximizing": maximizing,
+            }
+            wandb.log(metrics | {"global_step": global_step})
+            progress.set_postfix_str(f"return {episodic_return:.1f}")
+        if global_step % args.checkpoint_frequency < steps or last:
+            save_checkpoint(run_dir, args, global_step, modules)
+
+    progress.close()
+    policy = partial(select_actions, q_network, maximizer=maximizer, sigma=0.0)
+    returns = evaluate(policy, args.env_id, args.eval_episodes, device)
+    wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
+    wandb.finish()
+    print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
+    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+    return returns
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,308 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.19", "tqdm>=4", "numpy"]
+# ///
+"""Deep deterministic policy gradient, DDPG (Lillicrap et al., 2016). Lecture: Option 4.
+
+    a = μ_θ(s) + n,  μ_θ(s) ≈ argmax_a Q_φ(s, a)                        (1)  select_actions
+    n ← (1 - ϑ) n + σ N(0, I)                                           (2)  ou_noise
+    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    y = r + γ (1 - terminated) Q_φ⁻(s', μ_θ⁻(s'))                       (4)  td_target
+    φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
+    φ⁻ ← τ φ + (1 - τ) φ⁻,  θ⁻ ← τ θ + (1 - τ) θ⁻                       (6)  update_target
+    θ ← θ + η Σ_i dQ_φ/da (s_i, μ_θ(s_i)) dμ_θ/dθ (s_i)                 (7)  actor_loss
+
+    N num_envs    φ q_network    θ actor    φ⁻, θ⁻ target_*    η learning_rate    γ gamma    τ tau
+
+The actor learns to find the max, so that (4) need not search for it. The slide's chain rule means
+dθ where it says dφ: in (7) the critic is fixed, and the states are those of the buffer. Actions are
+normalised to [-1, 1]. In (2), ϑ = 1 is Gaussian noise; less is Ornstein-Uhlenbeck noise (0.15 in
+the paper), which pushes one way for 1/ϑ steps or so, as an env with inertia may need.
+
+    python ddpg_continuous.py --env-id Pendulum-v1
+    diff dqn.py ddpg_continuous.py
+"""
+
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+import wandb
+from gymnasium.spaces import Box, flatdim
+from gymnasium.vector import VectorEnv
+from torch import Tensor, cuda, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
+    seed: int = 1  # fixes the whole run, bit for bit on a CPU
+    total_timesteps: int = 20_000  # env steps; the vector step under way is finished
+    num_envs: int = 8  # N: envs stepped at once
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
+    num_threads: int = 1  # of the CPU; one is fastest for networks of this size
+    eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
+    checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
+    wandb_project: str = "rl-by-equation"
+    learning_rate: float = 3e-3  # η
+    anneal_lr: bool = True  # η falls to 0
+    gamma: float = 0.98  # discount
+    buffer_size: int = 50_000  # transitions
+    batch_size: int = 128  # transitions in an update
+    num_updates: int = 2  # after each step of the N envs
+    learning_starts: int = 1_000  # env steps before the first update, by random actions
+    tau: float = 0.02  # in each update; 1 copies φ to φ⁻
+    exploration_noise: float = 0.2  # σ
+    ou_theta: float = 1.0  # ϑ
+
+    def __post_init__(self) -> None:
+        """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
+        for name, value in vars(self).items():  # an int is a count from 1, a float a rate
+            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
+        if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
+            raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
+        if self.batch_size > self.buffer_size:
+            raise ValueError("--batch-size must be at most --buffer-size")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be less than --total-timesteps")
+        make_envs(self.env_id, 1).close()
+
+
+class Actor(nn.Sequential):
+    """μ_θ(s): (..., obs_dim) to (..., action_dim), in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        hidden = [nn.Linear(obs_dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+        super().__init__(*hidden, nn.Linear(64, action_dim), nn.Tanh())
+
+
+class QNetwork(nn.Sequential):
+    """Q_φ(s, a): (..., obs_dim) and (..., action_dim) to (...)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        hidden = [nn.Linear(obs_dim + action_dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+        super().__init__(*hidden, nn.Linear(64, 1), nn.Flatten(-2))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return super().forward(torch.cat([obs, actions], dim=-1))
+
+
+class Batch(NamedTuple):
+    obs: Tensor  # (B, obs_dim)
+    actions: Tensor  # (B,) discrete, or (B, action_dim) normalised to [-1, 1]
+    rewards: Tensor  # (B,)
+    next_obs: Tensor  # (B, obs_dim), of the same episode, also at its end
+    terminations: Tensor  # (B,), 1 if next_obs has no future, 0 if the time limit came
+
+
+class ReplayBuffer(nn.Module):
+    """(3) The last `capacity` transitions, in a ring; a module, so that checkpoints hold it."""
+
+    def __init__(self, capacity: int, obs_shape, action_shape, action_dtype, device):
+        super().__init__()
+        for name, shape in zip(Batch._fields, (obs_shape, action_shape, (), obs_shape, ())):
+            dtype = action_dtype if name == "actions" else torch.float32
+            self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+
+    def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
+        """The fields of a Batch of any length, the oldest first; returns the rows they are in."""
+        length, capacity = len(transitions[0]), len(self.rewards)
+        rows = (self.count + torch.arange(length, device=self.count.device)) % capacity
+        for name, values in zip(Batch._fields, transitions):
+            stored = getattr(self, name)
+            stored[rows[-capacity:]] = torch.as_tensor(values[-capacity:]).to(stored)
+        self.count += length
+        return rows[-capacity:]
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
+
+    def sample(self, batch_size: int) -> Batch:
+        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
+        return self[draws % self.count.clamp(max=len(self.rewards))]
+
+
+def env_actions(actions: Tensor, space: Box) -> np.ndarray:
+    """What the envs see: actions scaled to their bounds, and clipped to them."""
+    actions = actions.cpu().numpy()
+    return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
+
+
+def ou_noise(noise: Tensor, theta: float, sigma: float) -> Tensor:
+    """(2) The next noise after `noise`, (N, action_dim)."""
+    return (1 - theta) * noise + sigma * torch.randn_like(noise)
+
+
+@torch.no_grad()
+def select_actions(actor: nn.Module, obs: Tensor, noise: Tensor) -> Tensor:
+    """(1) (N, action_dim), in the box."""
+    return (actor(obs) + noise).clamp(-1, 1)
+
+
+@torch.no_grad()
+def td_target(batch: Batch, target_actor, target_network, gamma: float) -> Tensor:
+    """(4) (B,)."""
+    next_q = target_network(batch.next_obs, target_actor(batch.next_obs))
+    return batch.rewards + gamma * (1 - batch.terminations) * next_q
+
+
+def actor_loss(actor: nn.Module, q_network: nn.Module, obs: Tensor) -> Tensor:
+    """(7) -1/B Σ_i Q_φ(s_i, μ_θ(s_i)), for a gradient step of the actor alone."""
+    return -q_network(obs, actor(obs)).mean()
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """(6) φ⁻ ← τ φ + (1 - τ) φ⁻."""
+    for target, parameter in zip(target_network.parameters(), q_network.parameters()):
+        target.lerp_(parameter, tau)
+
+
+def make_envs(env_id: str, num_envs: int) -> VectorEnv:
+    """Vector env; ValueError if there is none of that id or its spaces are not supported."""
+    try:
+        envs = gym.make_vec(env_id, num_envs=num_envs)
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id}: {error}") from error
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    if not (isinstance(obs, Box) and len(obs.shape) == 1):
+        raise ValueError(f"--env-id {env_id}: {obs} is not a 1-D Box; use FlattenObservation")
+    if not (isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()):
+        raise ValueError(f"--env-id {env_id}: {actions} is not a bounded 1-D Box; see dqn.py")
+    return envs
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
+    """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
+    torch.save(state, run_dir / "checkpoint.tmp")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+
+
+@torch.no_grad()
+def evaluate(policy: Callable, env_id: str, episodes: int, device: torch.device) -> Tensor:
+    """Return of an episode of policy(obs) in each of `episodes` envs, (episodes,); fixed seed."""
+    envs, returns = make_envs(env_id, episodes), torch.zeros(episodes, dtype=torch.float64)
+    next_obs, _ = envs.reset(seed=1)
+    live = np.ones(episodes, dtype=bool)
+    while live.any():
+        actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
+        actions = env_actions(actions, envs.single_action_space)
+        next_obs, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += torch.from_numpy(np.where(live, rewards, 0))
+        live = live & ~(terminations | truncations)
+    envs.close()
+    return returns
+
+
+def train(args: Args) -> Tensor:
+    """Returns of the greedy evaluation, (eval_episodes,)."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, space = flatdim(envs.single_observation_space), envs.single_action_space
+    actor = Actor(obs_dim, flatdim(space)).to(device)
+    q_network = QNetwork(obs_dim, flatdim(space)).to(device)
+    target_actor, target_network = deepcopy(actor), deepcopy(q_network)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
+    modules = {"q_network": q_network, "target_network": target_network}
+    modules |= {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
+    modules |= {"optimizer": optimizer, "buffer": buffer}
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
+    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
+    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
+    wandb.define_metric("*", step_metric="global_step")
+    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
+
+    next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
+    live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
+    returns, lengths = np.zeros((2, args.num_envs))
+    noise = torch.zeros(args.num_envs, flatdim(space), device=device)
+    while global_step < args.total_timesteps:
+        # 1. act, and keep (s, a, r, s')
+        fraction = global_step / args.total_timesteps
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+        noise = noise * noise.new_tensor(live)[:, None]  # a new episode, a new noise
+        noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (2)
+        actions = select_actions(actor, obs, noise)  # (1)
+        if global_step < args.learning_starts:
+            actions.uniform_(-1, 1)
+        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+        transitions = obs, actions, rewards, next_obs, terminations
+        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
+        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
+        live = ~(terminations | truncations)
+        episodes.extend(zip(returns[~live], lengths[~live]))
+        returns, lengths = returns * live, lengths * live
+        progress.update(steps)
+        global_step += steps
+        if global_step < args.learning_starts:
+            continue
+
+        # 2. update on transitions of the buffer
+        for group in optimizer.param_groups + actor_optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+        for _ in range(args.num_updates):
+            batch = buffer.sample(args.batch_size)  # (3)
+            y = td_target(batch, target_actor, target_network, args.gamma)  # (4)
+            q_values = q_network(batch.obs, batch.actions)
+            loss = 0.5 * (q_values - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()  # (5)
+
+            policy_loss = actor_loss(actor, q_network, batch.obs)
+            actor_optimizer.zero_grad()
+            policy_loss.backward(inputs=list(actor.parameters()))
+            actor_optimizer.step()  # (7)
+            update_target(target_network, q_network, args.tau)  # (6)
+            update_target(target_actor, actor, args.tau)
+
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        last = global_step >= args.total_timesteps
+        if episodes and (global_step % 500 < steps or last):
+            episodic_return, episodic_length = np.mean(episodes, axis=0)
+            metrics = {
+                "charts/episodic_return": episodic_return,
+                "charts/episodic_length": episodic_length,
+                "charts/SPS": progress.format_dict["rate"] or 0.0,
+                "losses/td_loss": loss.item(),
+                "losses/q_values": q_values.mean().item(),
+                "losses/actor_loss": policy_loss.item(),
+            }
+            wandb.log(metrics | {"global_step": global_step})
+            progress.set_postfix_str(f"return {episodic_return:.1f}")
+        if global_step % args.checkpoint_frequency < steps or last:
+            save_checkpoint(run_dir, args, global_step, modules)
+
+    progress.close()
+    returns = evaluate(actor, args.env_id, args.eval_episodes, device)
+    wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
+    wandb.finish()
+    print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
+    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+    return returns
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,337 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.19", "tqdm>=4", "numpy"]
+# ///
+"""Deep Q-network, DQN (Mnih et al., 2015), and its extensions. Lecture: Deep Q-learning.
+
+    a = argmax_a' Q_φ(s, a'), but any action with probability ε         (1)  select_actions
+    ε falls from start_e to end_e, in a line                            (2)  epsilon_at
+    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    y = r + γ (1 - terminated) max_a' Q_φ⁻(s', a')                      (4)  td_target
+    φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
+    φ⁻ ← τ φ + (1 - τ) φ⁻                                               (6)  update_target
+    --double-q: y = r + γ (1 - terminated) Q_φ⁻(s', argmax_a' Q_φ(s', a'))   (7)  td_target
+    --dueling: Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')              (8)  QNetwork
+    --prioritized-replay: P(i) ∝ |y_i - Q_i|^α,  w_i = (n P(i))^-β      (9)  PrioritizedReplayBuffer
+
+    N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
+
+The slides leave out (1 - terminated). An episode cut by a time limit has a future all the same, so
+it is not terminated. (5) takes Adam's step on the mean of ½ (Q - y)². Its η falls to 0, in a line:
+else the policy that is left at the end is as good or bad as the noise of the last updates.
+
+    python dqn.py --env-id CartPole-v1
+    diff dqn.py cem_q.py        # next: continuous actions, where max_a' is a search
+"""
+
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+import wandb
+from gymnasium.spaces import Box, Discrete, flatdim
+from gymnasium.vector import VectorEnv
+from torch import Tensor, cuda, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
+    seed: int = 1  # fixes the whole run, bit for bit on a CPU
+    total_timesteps: int = 50_000  # env steps; the vector step under way is finished
+    num_envs: int = 32  # N: envs stepped at once
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
+    num_threads: int = 1  # of the CPU; one is fastest for networks of this size
+    eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
+    checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
+    wandb_project: str = "rl-by-equation"
+    learning_rate: float = 4e-3  # η
+    anneal_lr: bool = True  # η falls to 0
+    gamma: float = 0.99  # discount
+    buffer_size: int = 50_000  # transitions
+    batch_size: int = 256  # transitions in an update
+    num_updates: int = 4  # after each step of the N envs
+    learning_starts: int = 1_000  # env steps before the first update
+    tau: float = 1.0  # 1 copies φ to φ⁻
+    target_network_frequency: int = 160  # env steps from one φ⁻ to the next
+    start_e: float = 1.0  # ε at first
+    end_e: float = 0.1  # ε at last
+    exploration_fraction: float = 0.16  # of total_timesteps, in which ε falls
+    double_q: bool = False  # (7): φ picks the action, φ⁻ values it
+    dueling: bool = False  # (8)
+    prioritized_replay: bool = False  # (9)
+    alpha: float = 0.6  # in (9); 0 is uniform
+    beta: float = 0.4  # in (9), at first; 1 at last
+    tabular: bool = False  # Q is a table, 0 at first, and (5) a plain step; s must be one-hot
+
+    def __post_init__(self) -> None:
+        """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
+        for name, value in vars(self).items():  # an int is a count from 1, a float a rate
+            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
+        if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
+            raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
+        if self.batch_size > self.buffer_size:
+            raise ValueError("--batch-size must be at most --buffer-size")
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError("--learning-starts must be less than --total-timesteps")
+        make_envs(self.env_id, 1).close()
+
+
+class QNetwork(nn.Module):
+    """Q_φ(s, a) of all actions at once: (..., obs_dim) to (..., num_actions)."""
+
+    def __init__(self, obs_dim: int, num_actions: int, dueling: bool = False):
+        super().__init__()
+        hidden = [nn.Linear(obs_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        self.hidden, self.advantage = nn.Sequential(*hidden), nn.Linear(128, num_actions)
+        self.value = nn.Linear(128, 1) if dueling else None
+
+    def forward(self, obs: Tensor) -> Tensor:
+        features = self.hidden(obs)
+        advantages = self.advantage(features)
+        if self.value is None:
+            return advantages
+        return self.value(features) + advantages - advantages.mean(dim=-1, keepdim=True)  # (8)
+
+
+class Batch(NamedTuple):
+    obs: Tensor  # (B, obs_dim)
+    actions: Tensor  # (B,) discrete, or (B, action_dim) normalised to [-1, 1]
+    rewards: Tensor  # (B,)
+    next_obs: Tensor  # (B, obs_dim), of the same episode, also at its end
+    terminations: Tensor  # (B,), 1 if next_obs has no future, 0 if the time limit came
+
+
+class ReplayBuffer(nn.Module):
+    """(3) The last `capacity` transitions, in a ring; a module, so that checkpoints hold it."""
+
+    def __init__(self, capacity: int, obs_shape, action_shape, action_dtype, device):
+        super().__init__()
+        for name, shape in zip(Batch._fields, (obs_shape, action_shape, (), obs_shape, ())):
+            dtype = action_dtype if name == "actions" else torch.float32
+            self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+
+    def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
+        """The fields of a Batch of any length, the oldest first; returns the rows they are in."""
+        length, capacity = len(transitions[0]), len(self.rewards)
+        rows = (self.count + torch.arange(length, device=self.count.device)) % capacity
+        for name, values in zip(Batch._fields, transitions):
+            stored = getattr(self, name)
+            stored[rows[-capacity:]] = torch.as_tensor(values[-capacity:]).to(stored)
+        self.count += length
+        return rows[-capacity:]
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
+
+    def sample(self, batch_size: int) -> Batch:
+        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
+        return self[draws % self.count.clamp(max=len(self.rewards))]
+
+
+class PrioritizedReplayBuffer(ReplayBuffer):
+    """(9) Proportional prioritisation (Schaul et al., 2016)."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.register_buffer("priorities", torch.zeros_like(self.rewards))  # |y - Q|^α
+
+    def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
+        """New transitions get the highest priority in the buffer, so that each is soon seen."""
+        highest = self.priorities.max()
+        rows = super().add(*transitions)
+        self.priorities[rows] = torch.where(highest > 0, highest, 1.0)
+        return rows
+
+    def sample(self, batch_size: int, beta: float) -> tuple[Batch, Tensor, Tensor]:
+        """Batch, its rows, and their weights w_i / max_j w_j, (batch_size,)."""
+        rows = self.priorities.multinomial(batch_size, replacement=True)
+        weights = self.priorities[rows] ** -beta
+        return self[rows], rows, weights / weights.max()
+
+    def update_priorities(self, rows: Tensor, td_errors: Tensor, alpha: float) -> None:
+        self.priorities[rows] = (td_errors.abs() + 1e-6) ** alpha
+
+
+def env_actions(actions: Tensor, space: Discrete) -> np.ndarray:
+    """What the envs see: their actions may start elsewhere than at 0."""
+    return space.start + actions.cpu().numpy()
+
+
+def epsilon_at(step: float, start_e: float, end_e: float, duration: float) -> float:
+    """(2) start_e at step 0, end_e from step `duration` on."""
+    return end_e + (start_e - end_e) * max(0.0, 1 - step / duration) if duration else end_e
+
+
+@torch.no_grad()
+def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
+    """(1) One action an env, (N,), and one coin an env."""
+    q_values = q_network(obs)
+    explore = torch.rand(len(obs), device=obs.device) < epsilon
+    random = torch.randint(q_values.shape[-1], explore.shape, device=obs.device)
+    return torch.where(explore, random, q_values.argmax(dim=-1))
+
+
+@torch.no_grad()
+def td_target(batch: Batch, q_network, target_network, gamma: float, double_q: bool) -> Tensor:
+    """(4), or (7) if double_q, (B,)."""
+    next_q = target_network(batch.next_obs)
+    best = (q_network(batch.next_obs) if double_q else next_q).argmax(dim=-1, keepdim=True)
+    return batch.rewards + gamma * (1 - batch.terminations) * next_q.gather(-1, best).squeeze(-1)
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -> None:
+    """(6) φ⁻ ← τ φ + (1 - τ) φ⁻."""
+    for target, parameter in zip(target_network.parameters(), q_network.parameters()):
+        target.lerp_(parameter, tau)
+
+
+def make_envs(env_id: str, num_envs: int) -> VectorEnv:
+    """Vector env; ValueError if there is none of that id or its spaces are not supported."""
+    try:
+        envs = gym.make_vec(env_id, num_envs=num_envs)
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id}: {error}") from error
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    if not (isinstance(obs, Box) and len(obs.shape) == 1):
+        raise ValueError(f"--env-id {env_id}: {obs} is not a 1-D Box; use FlattenObservation")
+    if not isinstance(actions, Discrete):
+        raise ValueError(f"--env-id {env_id}: {actions} is not Discrete; see ddpg_continuous.py")
+    return envs
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
+    """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
+    torch.save(state, run_dir / "checkpoint.tmp")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+
+
+@torch.no_grad()
+def evaluate(policy: Callable, env_id: str, episodes: int, device: torch.device) -> Tensor:
+    """Return of an episode of policy(obs) in each of `episodes` envs, (episodes,); fixed seed."""
+    envs, returns = make_envs(env_id, episodes), torch.zeros(episodes, dtype=torch.float64)
+    next_obs, _ = envs.reset(seed=1)
+    live = np.ones(episodes, dtype=bool)
+    while live.any():
+        actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
+        actions = env_actions(actions, envs.single_action_space)
+        next_obs, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += torch.from_numpy(np.where(live, rewards, 0))
+        live = live & ~(terminations | truncations)
+    envs.close()
+    return returns
+
+
+def train(args: Args) -> Tensor:
+    """Returns of the greedy evaluation, (eval_episodes,)."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, space = flatdim(envs.single_observation_space), envs.single_action_space
+    q_network = QNetwork(obs_dim, flatdim(space), args.dueling).to(device)
+    optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
+    if args.tabular:
+        q_network = nn.Linear(obs_dim, flatdim(space), bias=False, device=device)
+        nn.init.zeros_(q_network.weight)
+        optimizer = torch.optim.SGD(q_network.parameters(), args.learning_rate)
+    target_network = deepcopy(q_network)
+    kind = PrioritizedReplayBuffer if args.prioritized_replay else ReplayBuffer
+    buffer = kind(args.buffer_size, (obs_dim,), (), torch.int64, device)
+    modules = {"q_network": q_network, "target_network": target_network}
+    modules |= {"optimizer": optimizer, "buffer": buffer}
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
+    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
+    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
+    wandb.define_metric("*", step_metric="global_step")
+    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
+
+    next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
+    live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
+    returns, lengths = np.zeros((2, args.num_envs))
+    while global_step < args.total_timesteps:
+        # 1. act, and keep (s, a, r, s')
+        fraction = global_step / args.total_timesteps
+        epsilon = epsilon_at(fraction, args.start_e, args.end_e, args.exploration_fraction)  # (2)
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+        actions = select_actions(q_network, obs, epsilon)  # (1)
+        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+        transitions = obs, actions, rewards, next_obs, terminations
+        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
+        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
+        live = ~(terminations | truncations)
+        episodes.extend(zip(returns[~live], lengths[~live]))
+        returns, lengths = returns * live, lengths * live
+        progress.update(steps)
+        global_step += steps
+        if global_step < args.learning_starts:
+            continue
+
+        # 2. update on transitions of the buffer
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+        for _ in range(args.num_updates):
+            if args.prioritized_replay:
+                beta = args.beta + (1 - args.beta) * fraction
+                batch, rows, weights = buffer.sample(args.batch_size, beta)  # (9)
+            else:
+                batch, weights = buffer.sample(args.batch_size), 1.0  # (3)
+            y = td_target(batch, q_network, target_network, args.gamma, args.double_q)  # (4), (7)
+            q_values = q_network(batch.obs).gather(-1, batch.actions[:, None]).squeeze(-1)
+            loss = 0.5 * (weights * (q_values - y).square()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()  # (5)
+            if args.prioritized_replay:
+                buffer.update_priorities(rows, (q_values - y).detach(), args.alpha)
+        if global_step % args.target_network_frequency < steps:
+            update_target(target_network, q_network, args.tau)  # (6)
+
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        last = global_step >= args.total_timesteps
+        if episodes and (global_step % 500 < steps or last):
+            episodic_return, episodic_length = np.mean(episodes, axis=0)
+            metrics = {
+                "charts/episodic_return": episodic_return,
+                "charts/episodic_length": episodic_length,
+                "charts/SPS": progress.format_dict["rate"] or 0.0,
+                "charts/epsilon": epsilon,
+                "losses/td_loss": loss.item(),
+                "losses/q_values": q_values.mean().item(),
+            }
+            wandb.log(metrics | {"global_step": global_step})
+            progress.set_postfix_str(f"return {episodic_return:.1f}")
+        if global_step % args.checkpoint_frequency < steps or last:
+            save_checkpoint(run_dir, args, global_step, modules)
+
+    progress.close()
+    policy = partial(select_actions, q_network, epsilon=0.0)
+    returns = evaluate(policy, args.env_id, args.eval_episodes, device)
+    wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
+    wandb.finish()
+    print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
+    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+    return returns
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))
