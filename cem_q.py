@@ -69,8 +69,8 @@ class Args:
     exploration_noise: float = 0.2  # σ
     maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"
     bins: int = 21  # of grid, in each dimension
-    num_samples: int = 32  # of cem and cmaes, in an iteration
     num_starts: int = 8  # of gradient
+    num_samples: int = 32  # of cem and cmaes, in an iteration
     num_elites: int = 4  # of cem
     iterations: int = 2  # of gradient, cem and cmaes
 
@@ -86,7 +86,13 @@ class Args:
             raise ValueError("--batch-size must be at most --buffer-size")
         if self.learning_starts >= self.total_timesteps:
             raise ValueError("--learning-starts must be less than --total-timesteps")
-        make_envs(self.env_id, 1).close()
+        if self.num_elites > self.num_samples:
+            raise ValueError("--num-elites must be at most --num-samples")
+        envs = make_envs(self.env_id, 1)
+        points = self.bins ** flatdim(envs.single_action_space)
+        envs.close()
+        if self.maximizer == "grid" and points > 10_000:
+            raise ValueError(f"--bins {self.bins} are {points} points; at most 10000, or use cem")
 
 
 class QNetwork(nn.Sequential):
@@ -142,8 +148,12 @@ def env_actions(actions: Tensor, space: Box) -> np.ndarray:
     return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
 
 
+# Each takes q_function, from actions (B, K, A) to Q (B, K), and returns the actions found, (B, A).
+MIN_STD = 0.05  # of cem and cmaes along each axis, or their search would end where it began
+
+
 @torch.no_grad()
-def argmax_grid(q_function: Callable, batch_size: int, action_dim: int, bins=21, device=None):
+def argmax_grid(q_function, batch_size, action_dim, bins=21, device=None) -> Tensor:
     """(7) Option 1: the best of all bins^d points of a grid."""
     axis = torch.linspace(-1, 1, bins, device=device)
     grid = torch.cartesian_prod(*[axis] * action_dim).view(-1, action_dim)
@@ -151,14 +161,7 @@ def argmax_grid(q_function: Callable, batch_size: int, action_dim: int, bins=21,
 
 
 @torch.enable_grad()
-def argmax_gradient(
-    q_function: Callable,
-    batch_size: int,
-    action_dim: int,
-    num_starts=32,
-    iterations=10,
-    device=None,
-) -> Tensor:
+def argmax_gradient(q_function, batch_size, action_dim, num_starts=8, iterations=5, device=None):
     """(8) Option 2, gradient ascent: the best of the points reached, α falls from 0.5 to 0."""
     actions = 2 * torch.rand(batch_size, num_starts, action_dim, device=device) - 1
     for i in range(iterations):
@@ -171,14 +174,7 @@ def argmax_gradient(
 
 @torch.no_grad()
 def argmax_cem(
-    q_function: Callable,
-    batch_size: int,
-    action_dim: int,
-    num_samples=64,
-    num_elites=6,
-    iterations=2,
-    min_std=0.05,
-    device=None,
+    q_function, batch_size, action_dim, num_samples=64, num_elites=6, iterations=2, device=None
 ) -> Tensor:
     """(9) Option 2, cross-entropy method: the mean of the last elites."""
     mean = torch.zeros(batch_size, 1, action_dim, device=device)
@@ -189,20 +185,12 @@ def argmax_cem(
         best = q_function(actions).topk(num_elites, dim=1).indices
         elites = actions.take_along_dim(best.unsqueeze(-1), dim=1)
         mean = elites.mean(dim=1, keepdim=True)
-        std = elites.std(dim=1, keepdim=True, correction=0).clamp(min=min_std)
+        std = elites.std(dim=1, keepdim=True, correction=0).clamp(min=MIN_STD)
     return mean.squeeze(1)
 
 
 @torch.no_grad()
-def argmax_cmaes(
-    q_function: Callable,
-    batch_size: int,
-    action_dim: int,
-    num_samples=16,
-    iterations=10,
-    min_std=0.05,
-    device=None,
-) -> Tensor:
+def argmax_cmaes(q_function, batch_size, action_dim, num_samples=16, iterations=10, device=None):
     """(10) Option 2, CMA-ES: the last mean. Samples outside the box count as its nearest point."""
     n, num_elites = action_dim, max(1, num_samples // 2)
     w = math.log(num_elites + 0.5) - torch.arange(1, num_elites + 1, device=device).log()
@@ -217,7 +205,7 @@ def argmax_cmaes(
     sigma, C = torch.full_like(mean[..., :1], 0.5), torch.eye(n, device=device)
     for _ in range(iterations):
         variances, axes = torch.linalg.eigh(C)
-        stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=min_std)
+        stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=MIN_STD)
         noise = torch.randn(batch_size, num_samples, n, device=device)
         actions = (mean + noise * stds @ axes.mT).clamp(-1, 1)
         best = q_function(actions).topk(num_elites, dim=1).indices
@@ -315,15 +303,14 @@ def train(args: Args) -> Tensor:
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
     modules = {"q_network": q_network, "target_network": target_network}
     modules |= {"optimizer": optimizer, "buffer": buffer}
-    names = {
-        "grid": ["bins"],
-        "gradient": ["num_starts", "iterations"],
+    flags = {"grid": ["bins"], "gradient": ["num_starts", "iterations"]}
+    flags |= {
         "cem": ["num_samples", "num_elites", "iterations"],
         "cmaes": ["num_samples", "iterations"],
-    }[args.maximizer]
-    settings = {name: getattr(args, name) for name in names}
-    maximizer = globals()[f"argmax_{args.maximizer}"]
-    maximizer = partial(maximizer, action_dim=flatdim(space), device=device, **settings)
+    }
+    settings = {flag: getattr(args, flag) for flag in flags[args.maximizer]}
+    settings |= {"action_dim": flatdim(space), "device": device}
+    maximizer = partial(globals()[f"argmax_{args.maximizer}"], **settings)  # (7) to (10)
     if args.maximizer == "grid":
         print(f"a grid of {args.bins}^{flatdim(space)} = {args.bins ** flatdim(space)} actions")
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"

@@ -9,7 +9,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["reinforce", "pg_baseline", "offpolicy_pg"]
+VALUE_BASED = ["dqn", "cem_q", "naf", "ddpg_continuous"]
 MODULES = [importlib.import_module(name) for name in SCRIPTS]
+VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 
 torch.set_num_threads(1)
 
@@ -31,4 +33,9 @@ def _own_directory(tmp_path, monkeypatch):
 
 @pytest.fixture(params=MODULES, ids=SCRIPTS)
 def script(request):
+    return request.param
+
+
+@pytest.fixture(params=VALUE_MODULES, ids=VALUE_BASED)
+def value_script(request):
     return request.param

@@ -46,6 +46,14 @@ gym.register(
     Counting,
     kwargs={"action_space": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4"))},
 )
+gym.register(
+    "TruncatingBox-v0",
+    Counting,
+    kwargs={
+        "action_space": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4")),
+        "truncates": True,
+    },
+)
 REFUSED = {
     "DictObs-v0": (Dict(a=box(2)), Discrete(2)),
     "DiscreteObs-v0": (Discrete(4), Discrete(2)),

@@ -6,14 +6,14 @@ import shlex
 
 import pytest
 import tyro
-from conftest import MODULES, ROOT, SCRIPTS
+from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-BY_NAME = dict(zip(SCRIPTS, MODULES))
+BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
 
 
 def commands():
-    texts = [page.read_text() for page in PAGES] + [module.__doc__ for module in MODULES]
+    texts = [page.read_text() for page in PAGES] + [module.__doc__ for module in BY_NAME.values()]
     for text in texts:
         for script, flags in re.findall(r"(?:python|uv run) (\w+)\.py((?: +[^\s`&|#;)]+)*)", text):
             yield script, flags.strip()
@@ -30,7 +30,12 @@ def test_every_command_parses(name, flags):
 
 
 def test_commands_were_found():
-    assert {name for name, _ in COMMANDS} == set(SCRIPTS) and len(COMMANDS) > 6
+    assert {name for name, _ in COMMANDS} == set(BY_NAME) and len(COMMANDS) > 6
+
+
+@pytest.fixture(params=BY_NAME.values(), ids=BY_NAME)
+def script(request):
+    return request.param
 
 
 def equations(script):
@@ -42,7 +47,7 @@ def equations(script):
 def test_equations_are_numbered_and_each_is_at_its_line(script):
     numbers = [int(re.findall(r"\((\d+)\)", line)[-1]) for line in equations(script)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 5
-    code = (ROOT / f"{script.__name__}.py").read_text().split("class Policy")[1]
+    code = (ROOT / f"{script.__name__}.py").read_text().split("def __post_init__")[1]
     found = {int(number) for number in re.findall(r"(?<!\w)\((\d+)\)", code)}
     assert found == set(numbers)
 
