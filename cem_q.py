@@ -63,14 +63,14 @@ class Args:
     gamma: float = 0.98  # discount
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_updates: int = 2  # after each step of the N envs
+    num_steps: int = 1  # of each env between updates, by one policy
+    num_updates: int = 2  # after each num_steps
     learning_starts: int = 1_000  # env steps before the first update, by random actions
     tau: float = 0.02  # in each update; 1 copies φ to φ⁻
     exploration_noise: float = 0.2  # σ
     maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"
     bins: int = 21  # of grid, in each dimension
-    num_starts: int = 8  # of gradient
-    num_samples: int = 32  # of cem and cmaes, in an iteration
+    num_samples: int = 32  # of cem and cmaes, in an iteration; starts of gradient
     num_elites: int = 4  # of cem
     iterations: int = 2  # of gradient, cem and cmaes
 
@@ -88,9 +88,7 @@ class Args:
             raise ValueError("--learning-starts must be less than --total-timesteps")
         if self.num_elites > self.num_samples:
             raise ValueError("--num-elites must be at most --num-samples")
-        envs = make_envs(self.env_id, 1)
-        points = self.bins ** flatdim(envs.single_action_space)
-        envs.close()
+        points = self.bins ** flatdim(make_envs(self.env_id, 1).single_action_space)
         if self.maximizer == "grid" and points > 10_000:
             raise ValueError(f"--bins {self.bins} are {points} points; at most 10000, or use cem")
 
@@ -134,12 +132,10 @@ class ReplayBuffer(nn.Module):
         self.count += length
         return rows[-capacity:]
 
-    def __getitem__(self, rows: Tensor) -> Batch:
-        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
-
     def sample(self, batch_size: int) -> Batch:
-        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
-        return self[draws % self.count.clamp(max=len(self.rewards))]
+        rows = torch.randint(2**40, (batch_size,), device=self.count.device)
+        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
 def env_actions(actions: Tensor, space: Box) -> np.ndarray:
@@ -152,38 +148,41 @@ def env_actions(actions: Tensor, space: Box) -> np.ndarray:
 MIN_STD = 0.05  # of cem and cmaes along each axis, or their search would end where it began
 
 
+def best(q_function, actions: Tensor, count: int = 1) -> Tensor:
+    """Of actions (B, K, A) the `count` of the highest Q, the best first, (B, count, A)."""
+    rows = q_function(actions).topk(count, dim=1).indices
+    return actions.take_along_dim(rows.unsqueeze(-1), dim=1)
+
+
 @torch.no_grad()
 def argmax_grid(q_function, batch_size, action_dim, bins=21, device=None) -> Tensor:
-    """(7) Option 1: the best of all bins^d points of a grid."""
+    """(7) Option 1, discretisation: the best of bins^d points."""
     axis = torch.linspace(-1, 1, bins, device=device)
     grid = torch.cartesian_prod(*[axis] * action_dim).view(-1, action_dim)
-    return grid[q_function(grid.expand(batch_size, -1, -1)).argmax(dim=1)]
+    return best(q_function, grid.expand(batch_size, -1, -1)).squeeze(1)
 
 
 @torch.enable_grad()
-def argmax_gradient(q_function, batch_size, action_dim, num_starts=8, iterations=5, device=None):
-    """(8) Option 2, gradient ascent: the best of the points reached, α falls from 0.5 to 0."""
-    actions = 2 * torch.rand(batch_size, num_starts, action_dim, device=device) - 1
+def argmax_gradient(q_function, batch_size, action_dim, num_samples=8, iterations=5, device=None):
+    """(8) Option 2, gradient ascent: the best end of num_samples ascents, as α falls to 0."""
+    actions = 2 * torch.rand(batch_size, num_samples, action_dim, device=device) - 1
     for i in range(iterations):
         (gradient,) = torch.autograd.grad(q_function(actions.requires_grad_()).sum(), actions)
-        step = (0.5 - 0.5 * i / iterations) * nn.functional.normalize(gradient, dim=-1)
+        step = 0.5 * (1 - i / iterations) * nn.functional.normalize(gradient, dim=-1)
         actions = (actions.detach() + step).clamp(-1, 1)
-    best = q_function(actions).argmax(dim=1)
-    return actions[torch.arange(batch_size, device=device), best]
+    return best(q_function, actions).squeeze(1)
 
 
 @torch.no_grad()
 def argmax_cem(
-    q_function, batch_size, action_dim, num_samples=64, num_elites=6, iterations=2, device=None
+    q_function, batch_size, action_dim, num_samples=32, num_elites=4, iterations=2, device=None
 ) -> Tensor:
     """(9) Option 2, cross-entropy method: the mean of the last elites."""
     mean = torch.zeros(batch_size, 1, action_dim, device=device)
     std = torch.ones_like(mean)
     for _ in range(iterations):
         noise = torch.randn(batch_size, num_samples, action_dim, device=device)
-        actions = (mean + std * noise).clamp(-1, 1)
-        best = q_function(actions).topk(num_elites, dim=1).indices
-        elites = actions.take_along_dim(best.unsqueeze(-1), dim=1)
+        elites = best(q_function, (mean + std * noise).clamp(-1, 1), num_elites)
         mean = elites.mean(dim=1, keepdim=True)
         std = elites.std(dim=1, keepdim=True, correction=0).clamp(min=MIN_STD)
     return mean.squeeze(1)
@@ -193,30 +192,28 @@ def argmax_cem(
 def argmax_cmaes(q_function, batch_size, action_dim, num_samples=16, iterations=10, device=None):
     """(10) Option 2, CMA-ES: the last mean. Samples outside the box count as its nearest point."""
     n, num_elites = action_dim, max(1, num_samples // 2)
-    w = math.log(num_elites + 0.5) - torch.arange(1, num_elites + 1, device=device).log()
+    w = math.log(num_elites + 0.5) - torch.arange(1, num_elites + 1).log()
     w = w / w.sum()
-    size = 1 / float(w.square().sum())  # the effective number of elites, μ_w
+    size = 1 / w.square().sum().item()  # the effective number of elites
     c_sigma, c_path = (size + 2) / (n + size + 5), (4 + size / n) / (n + 4 + 2 * size / n)
     c_1 = 2 / ((n + 1.3) ** 2 + size)
     c_w = min(1 - c_1, 2 * (size - 2 + 1 / size) / ((n + 2) ** 2 + size))
     damping = 1 + c_sigma + 2 * max(0, ((size - 1) / (n + 1)) ** 0.5 - 1)
     length = n**0.5 * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # E |N(0, I)|
     mean, path_sigma, path = torch.zeros(3, batch_size, 1, n, device=device)
-    sigma, C = torch.full_like(mean[..., :1], 0.5), torch.eye(n, device=device)
+    sigma, C, w = torch.full_like(mean[..., :1], 0.5), torch.eye(n, device=device), w.to(device)
     for _ in range(iterations):
         variances, axes = torch.linalg.eigh(C)
         stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=MIN_STD)
         noise = torch.randn(batch_size, num_samples, n, device=device)
         actions = (mean + noise * stds @ axes.mT).clamp(-1, 1)
-        best = q_function(actions).topk(num_elites, dim=1).indices
-        steps = actions.take_along_dim(best.unsqueeze(-1), dim=1) - mean
-        step = (w[:, None] * steps).sum(dim=1, keepdim=True)
+        steps = best(q_function, actions, num_elites) - mean
+        step = w[None] @ steps
         mean = mean + step
         white = (step @ axes / stds) @ axes.mT  # C^-½ step / σ
         path_sigma = (1 - c_sigma) * path_sigma + (c_sigma * (2 - c_sigma) * size) ** 0.5 * white
         path = (1 - c_path) * path + (c_path * (2 - c_path) * size) ** 0.5 * step / sigma
-        C_w = (w * steps.mT) @ steps / sigma**2
-        C = (1 - c_1 - c_w) * C + c_1 * path.mT @ path + c_w * C_w
+        C = (1 - c_1 - c_w) * C + c_1 * path.mT @ path + c_w * (w * steps.mT) @ steps / sigma**2
         growth = path_sigma.norm(dim=-1, keepdim=True) / length - 1
         sigma = sigma * (c_sigma / damping * growth).exp()
     return mean.squeeze(1)
@@ -303,14 +300,14 @@ def train(args: Args) -> Tensor:
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
     modules = {"q_network": q_network, "target_network": target_network}
     modules |= {"optimizer": optimizer, "buffer": buffer}
-    flags = {"grid": ["bins"], "gradient": ["num_starts", "iterations"]}
-    flags |= {
-        "cem": ["num_samples", "num_elites", "iterations"],
-        "cmaes": ["num_samples", "iterations"],
-    }
-    settings = {flag: getattr(args, flag) for flag in flags[args.maximizer]}
-    settings |= {"action_dim": flatdim(space), "device": device}
-    maximizer = partial(globals()[f"argmax_{args.maximizer}"], **settings)  # (7) to (10)
+    search = {"num_samples": args.num_samples, "iterations": args.iterations}
+    maximizer, settings = {
+        "grid": (argmax_grid, {"bins": args.bins}),  # (7)
+        "gradient": (argmax_gradient, search),  # (8)
+        "cem": (argmax_cem, search | {"num_elites": args.num_elites}),  # (9)
+        "cmaes": (argmax_cmaes, search),  # (10)
+    }[args.maximizer]
+    maximizer = partial(maximizer, action_dim=flatdim(space), device=device, **settings)
     if args.maximizer == "grid":
         print(f"a grid of {args.bins}^{flatdim(space)} = {args.bins ** flatdim(space)} actions")
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
@@ -323,29 +320,32 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
-    returns, lengths = np.zeros((2, args.num_envs))
+    totals = np.zeros((2, args.num_envs))  # return and length of the episodes under way
     maximizing = 0.0
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
-        fraction = global_step / args.total_timesteps
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-        actions = select_actions(q_network, obs, maximizer, args.exploration_noise)  # (1)
-        if global_step < args.learning_starts:
-            actions.uniform_(-1, 1)
-        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        transitions = obs, actions, rewards, next_obs, terminations
-        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
-        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
-        live = ~(terminations | truncations)
-        episodes.extend(zip(returns[~live], lengths[~live]))
-        returns, lengths = returns * live, lengths * live
+        before = global_step
+        for _ in range(args.num_steps):
+            elapsed = global_step / args.total_timesteps
+            obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+            actions = select_actions(q_network, obs, maximizer, args.exploration_noise)  # (1)
+            if global_step < args.learning_starts:
+                actions.uniform_(-1, 1)
+            next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+            transitions = obs, actions, rewards, next_obs, terminations
+            buffer.add(*(x[live] for x in transitions))  # an env not live was only reset
+            global_step += int(live.sum())
+            totals += rewards * live, live
+            live = ~(terminations | truncations)
+            episodes.extend(totals[:, ~live].T)
+            totals *= live
+        steps = global_step - before
         progress.update(steps)
-        global_step += steps
         if global_step < args.learning_starts:
             continue
 
         # 2. update on transitions of the buffer
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
         for _ in range(args.num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
             start = perf_counter()
@@ -359,12 +359,14 @@ def train(args: Args) -> Tensor:
             optimizer.step()  # (5)
             update_target(target_network, q_network, args.tau)  # (6)
 
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
         last = global_step >= args.total_timesteps
-        if episodes and (global_step % 500 < steps or last):
+        log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
+        if (log or save) and not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        if log and episodes:
             episodic_return, episodic_length = np.mean(episodes, axis=0)
             metrics = {
+                "global_step": global_step,
                 "charts/episodic_return": episodic_return,
                 "charts/episodic_length": episodic_length,
                 "charts/SPS": progress.format_dict["rate"] or 0.0,
@@ -372,9 +374,9 @@ def train(args: Args) -> Tensor:
                 "losses/q_values": q_values.mean().item(),
                 "time/maximizing": maximizing,
             }
-            wandb.log(metrics | {"global_step": global_step})
+            wandb.log(metrics)
             progress.set_postfix_str(f"return {episodic_return:.1f}")
-        if global_step % args.checkpoint_frequency < steps or last:
+        if save:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()

@@ -59,7 +59,8 @@ class Args:
     gamma: float = 0.98  # discount
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_updates: int = 2  # after each step of the N envs
+    num_steps: int = 1  # of each env between updates, by one policy
+    num_updates: int = 2  # after each num_steps
     learning_starts: int = 1_000  # env steps before the first update, by random actions
     tau: float = 0.02  # in each update; 1 copies φ to φ⁻
     exploration_noise: float = 0.2  # σ
@@ -127,12 +128,10 @@ class ReplayBuffer(nn.Module):
         self.count += length
         return rows[-capacity:]
 
-    def __getitem__(self, rows: Tensor) -> Batch:
-        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
-
     def sample(self, batch_size: int) -> Batch:
-        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
-        return self[draws % self.count.clamp(max=len(self.rewards))]
+        rows = torch.randint(2**40, (batch_size,), device=self.count.device)
+        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
 def env_actions(actions: Tensor, space: Box) -> np.ndarray:
@@ -235,32 +234,35 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
-    returns, lengths = np.zeros((2, args.num_envs))
+    totals = np.zeros((2, args.num_envs))  # return and length of the episodes under way
     noise = torch.zeros(args.num_envs, flatdim(space), device=device)
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
-        fraction = global_step / args.total_timesteps
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-        noise = noise * noise.new_tensor(live)[:, None]  # a new episode, a new noise
-        noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (2)
-        actions = select_actions(actor, obs, noise)  # (1)
-        if global_step < args.learning_starts:
-            actions.uniform_(-1, 1)
-        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        transitions = obs, actions, rewards, next_obs, terminations
-        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
-        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
-        live = ~(terminations | truncations)
-        episodes.extend(zip(returns[~live], lengths[~live]))
-        returns, lengths = returns * live, lengths * live
+        before = global_step
+        for _ in range(args.num_steps):
+            elapsed = global_step / args.total_timesteps
+            obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+            noise = noise * noise.new_tensor(live)[:, None]  # a new episode, a new noise
+            noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (2)
+            actions = select_actions(actor, obs, noise)  # (1)
+            if global_step < args.learning_starts:
+                actions.uniform_(-1, 1)
+            next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+            transitions = obs, actions, rewards, next_obs, terminations
+            buffer.add(*(x[live] for x in transitions))  # an env not live was only reset
+            global_step += int(live.sum())
+            totals += rewards * live, live
+            live = ~(terminations | truncations)
+            episodes.extend(totals[:, ~live].T)
+            totals *= live
+        steps = global_step - before
         progress.update(steps)
-        global_step += steps
         if global_step < args.learning_starts:
             continue
 
         # 2. update on transitions of the buffer
         for group in optimizer.param_groups + actor_optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+            group["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
         for _ in range(args.num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
             y = td_target(batch, target_actor, target_network, args.gamma)  # (4)
@@ -277,12 +279,14 @@ def train(args: Args) -> Tensor:
             update_target(target_network, q_network, args.tau)  # (6)
             update_target(target_actor, actor, args.tau)
 
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
         last = global_step >= args.total_timesteps
-        if episodes and (global_step % 500 < steps or last):
+        log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
+        if (log or save) and not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        if log and episodes:
             episodic_return, episodic_length = np.mean(episodes, axis=0)
             metrics = {
+                "global_step": global_step,
                 "charts/episodic_return": episodic_return,
                 "charts/episodic_length": episodic_length,
                 "charts/SPS": progress.format_dict["rate"] or 0.0,
@@ -290,9 +294,9 @@ def train(args: Args) -> Tensor:
                 "losses/q_values": q_values.mean().item(),
                 "losses/actor_loss": policy_loss.item(),
             }
-            wandb.log(metrics | {"global_step": global_step})
+            wandb.log(metrics)
             progress.set_postfix_str(f"return {episodic_return:.1f}")
-        if global_step % args.checkpoint_frequency < steps or last:
+        if save:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()

@@ -61,7 +61,8 @@ class Args:
     gamma: float = 0.99  # discount
     buffer_size: int = 50_000  # transitions
     batch_size: int = 256  # transitions in an update
-    num_updates: int = 4  # after each step of the N envs
+    num_steps: int = 1  # of each env between updates, by one policy
+    num_updates: int = 8  # after each num_steps
     learning_starts: int = 1_000  # env steps before the first update
     tau: float = 1.0  # 1 copies φ to φ⁻
     target_network_frequency: int = 160  # env steps from one φ⁻ to the next
@@ -135,12 +136,10 @@ class ReplayBuffer(nn.Module):
         self.count += length
         return rows[-capacity:]
 
-    def __getitem__(self, rows: Tensor) -> Batch:
-        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
-
     def sample(self, batch_size: int) -> Batch:
-        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
-        return self[draws % self.count.clamp(max=len(self.rewards))]
+        rows = torch.randint(2**40, (batch_size,), device=self.count.device)
+        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
@@ -161,7 +160,8 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """Batch, its rows, and their weights w_i / max_j w_j, (batch_size,)."""
         rows = self.priorities.multinomial(batch_size, replacement=True)
         weights = self.priorities[rows] ** -beta
-        return self[rows], rows, weights / weights.max()
+        batch = Batch(*(getattr(self, name)[rows] for name in Batch._fields))
+        return batch, rows, weights / weights.max()
 
     def update_priorities(self, rows: Tensor, td_errors: Tensor, alpha: float) -> None:
         self.priorities[rows] = (td_errors.abs() + 1e-6) ** alpha
@@ -267,30 +267,34 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
-    returns, lengths = np.zeros((2, args.num_envs))
+    totals = np.zeros((2, args.num_envs))  # return and length of the episodes under way
+    schedule = args.start_e, args.end_e, args.exploration_fraction
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
-        fraction = global_step / args.total_timesteps
-        epsilon = epsilon_at(fraction, args.start_e, args.end_e, args.exploration_fraction)  # (2)
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-        actions = select_actions(q_network, obs, epsilon)  # (1)
-        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        transitions = obs, actions, rewards, next_obs, terminations
-        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
-        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
-        live = ~(terminations | truncations)
-        episodes.extend(zip(returns[~live], lengths[~live]))
-        returns, lengths = returns * live, lengths * live
+        before = global_step
+        for _ in range(args.num_steps):
+            elapsed = global_step / args.total_timesteps
+            epsilon = epsilon_at(elapsed, *schedule)  # (2)
+            obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+            actions = select_actions(q_network, obs, epsilon)  # (1)
+            next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+            transitions = obs, actions, rewards, next_obs, terminations
+            buffer.add(*(x[live] for x in transitions))  # an env not live was only reset
+            global_step += int(live.sum())
+            totals += rewards * live, live
+            live = ~(terminations | truncations)
+            episodes.extend(totals[:, ~live].T)
+            totals *= live
+        steps = global_step - before
         progress.update(steps)
-        global_step += steps
         if global_step < args.learning_starts:
             continue
 
         # 2. update on transitions of the buffer
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
         for _ in range(args.num_updates):
             if args.prioritized_replay:
-                beta = args.beta + (1 - args.beta) * fraction
+                beta = args.beta + (1 - args.beta) * elapsed
                 batch, rows, weights = buffer.sample(args.batch_size, beta)  # (9)
             else:
                 batch, weights = buffer.sample(args.batch_size), 1.0  # (3)
@@ -305,12 +309,14 @@ def train(args: Args) -> Tensor:
         if global_step % args.target_network_frequency < steps:
             update_target(target_network, q_network, args.tau)  # (6)
 
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
         last = global_step >= args.total_timesteps
-        if episodes and (global_step % 500 < steps or last):
+        log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
+        if (log or save) and not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        if log and episodes:
             episodic_return, episodic_length = np.mean(episodes, axis=0)
             metrics = {
+                "global_step": global_step,
                 "charts/episodic_return": episodic_return,
                 "charts/episodic_length": episodic_length,
                 "charts/SPS": progress.format_dict["rate"] or 0.0,
@@ -318,14 +324,14 @@ def train(args: Args) -> Tensor:
                 "losses/td_loss": loss.item(),
                 "losses/q_values": q_values.mean().item(),
             }
-            wandb.log(metrics | {"global_step": global_step})
+            wandb.log(metrics)
             progress.set_postfix_str(f"return {episodic_return:.1f}")
-        if global_step % args.checkpoint_frequency < steps or last:
+        if save:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()
-    policy = partial(select_actions, q_network, epsilon=0.0)
-    returns = evaluate(policy, args.env_id, args.eval_episodes, device)
+    greedy = partial(select_actions, q_network, epsilon=0.0)
+    returns = evaluate(greedy, args.env_id, args.eval_episodes, device)
     wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
     wandb.finish()
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")

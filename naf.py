@@ -28,7 +28,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -61,7 +60,8 @@ class Args:
     reward_scale: float = 0.03  # c; about 1 over the largest return from γ on
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_updates: int = 4  # after each step of the N envs
+    num_steps: int = 1  # of each env between updates, by one policy
+    num_updates: int = 4  # after each num_steps
     learning_starts: int = 1_000  # env steps before the first update, by random actions
     tau: float = 0.01  # in each update; 1 copies φ to φ⁻
     exploration_noise: float = 0.4  # σ
@@ -126,12 +126,10 @@ class ReplayBuffer(nn.Module):
         self.count += length
         return rows[-capacity:]
 
-    def __getitem__(self, rows: Tensor) -> Batch:
-        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
-
     def sample(self, batch_size: int) -> Batch:
-        draws = torch.randint(2**40, (batch_size,), device=self.count.device)
-        return self[draws % self.count.clamp(max=len(self.rewards))]
+        rows = torch.randint(2**40, (batch_size,), device=self.count.device)
+        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
 def env_actions(actions: Tensor, space: Box) -> np.ndarray:
@@ -228,28 +226,31 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
-    returns, lengths = np.zeros((2, args.num_envs))
+    totals = np.zeros((2, args.num_envs))  # return and length of the episodes under way
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
-        fraction = global_step / args.total_timesteps
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-        actions = select_actions(q_network, obs, args.exploration_noise)  # (1)
-        if global_step < args.learning_starts:
-            actions.uniform_(-1, 1)
-        next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
-        transitions = obs, actions, rewards, next_obs, terminations
-        buffer.add(*(x[live] for x in transitions))  # where not live, this step was only a reset
-        returns, lengths, steps = returns + rewards, lengths + live, int(live.sum())
-        live = ~(terminations | truncations)
-        episodes.extend(zip(returns[~live], lengths[~live]))
-        returns, lengths = returns * live, lengths * live
+        before = global_step
+        for _ in range(args.num_steps):
+            elapsed = global_step / args.total_timesteps
+            obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+            actions = select_actions(q_network, obs, args.exploration_noise)  # (1)
+            if global_step < args.learning_starts:
+                actions.uniform_(-1, 1)
+            next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+            transitions = obs, actions, rewards, next_obs, terminations
+            buffer.add(*(x[live] for x in transitions))  # an env not live was only reset
+            global_step += int(live.sum())
+            totals += rewards * live, live
+            live = ~(terminations | truncations)
+            episodes.extend(totals[:, ~live].T)
+            totals *= live
+        steps = global_step - before
         progress.update(steps)
-        global_step += steps
         if global_step < args.learning_starts:
             continue
 
         # 2. update on transitions of the buffer
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * fraction)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
         for _ in range(args.num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
             y = td_target(batch, target_network, args.gamma, args.reward_scale)  # (4)
@@ -260,26 +261,27 @@ def train(args: Args) -> Tensor:
             optimizer.step()  # (5)
             update_target(target_network, q_network, args.tau)  # (6)
 
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
         last = global_step >= args.total_timesteps
-        if episodes and (global_step % 500 < steps or last):
+        log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
+        if (log or save) and not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        if log and episodes:
             episodic_return, episodic_length = np.mean(episodes, axis=0)
             metrics = {
+                "global_step": global_step,
                 "charts/episodic_return": episodic_return,
                 "charts/episodic_length": episodic_length,
                 "charts/SPS": progress.format_dict["rate"] or 0.0,
                 "losses/td_loss": loss.item(),
                 "losses/q_values": q_values.mean().item(),
             }
-            wandb.log(metrics | {"global_step": global_step})
+            wandb.log(metrics)
             progress.set_postfix_str(f"return {episodic_return:.1f}")
-        if global_step % args.checkpoint_frequency < steps or last:
+        if save:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()
-    policy = partial(select_actions, q_network, sigma=0.0)
-    returns = evaluate(policy, args.env_id, args.eval_episodes, device)
+    returns = evaluate(lambda obs: q_network(obs)[0], args.env_id, args.eval_episodes, device)
     wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
     wandb.finish()
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")

@@ -3,39 +3,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from conftest import MODULES, ROOT, SCRIPTS, run
+from conftest import INERT, MODULES, ROOT, SCRIPTS, VALUE_BASED, options, run
 
-INERT = {"device", "num_threads", "eval_episodes", "checkpoint_frequency"}
-INERT |= {"wandb_mode", "wandb_project"}
 TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 3}
 
 
-def options(module):
-    """(flag, value) for each choice of each flag; for a number, one that is not its default."""
-    hints = get_type_hints(module.Args)
-    for field in fields(module.Args):
-        assert field.default is not MISSING, f"{field.name} needs a default"
-        kind, default = hints[field.name], field.default
-        if get_origin(kind) is Literal:
-            values = set(get_args(kind)) - {"online", "cuda", "mps"}
-        elif kind is bool:
-            values = {not default}
-        elif kind is int:
-            values = {2 * TINY[field.name] if field.name in TINY else 1 if default > 1 else 2}
-        elif kind is float:
-            values = {default / 2}
-        else:
-            values = {"env_id": {"Acrobot-v1"}, "wandb_project": {"elsewhere"}}[field.name]
-        yield from ((field.name, value) for value in sorted(values))
-
-
-CASES = [(m, name, value) for m in MODULES for name, value in options(m)]
+CASES = [(m, name, value) for m in MODULES for name, value in options(m, TINY)]
 
 
 def trained(module, **settings):
@@ -131,7 +108,7 @@ def keys(record):
 
 
 def test_copied_elsewhere_a_script_runs_alone(tmp_path):
-    for name in SCRIPTS:
+    for name in SCRIPTS + VALUE_BASED:
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
         result = subprocess.run(
             [sys.executable, "-I", f"{name}.py", "--help"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import run
+from conftest import INERT, ROOT, VALUE_MODULES, options, run
 from torch import nn
 
 import cem_q
@@ -206,7 +206,7 @@ def test_ddpg_noise():
 
 SEARCHES = {
     "grid": (cem_q.argmax_grid, {"bins": 41}, 0.026),
-    "gradient": (cem_q.argmax_gradient, {"num_starts": 16, "iterations": 20}, 0.05),
+    "gradient": (cem_q.argmax_gradient, {"num_samples": 16, "iterations": 20}, 0.05),
     "cem": (cem_q.argmax_cem, {"num_samples": 64, "num_elites": 6, "iterations": 4}, 0.08),
     "cmaes": (cem_q.argmax_cmaes, {"num_samples": 16, "iterations": 10}, 0.08),
 }
@@ -283,34 +283,59 @@ def test_the_buffer_holds_every_transition_and_no_reset(value_script, truncates,
     torch.testing.assert_close(buffer.rewards[:stored], 100 * t + expected)
 
 
-OPTIONS = [
-    (dqn, {"double_q": True}), (dqn, {"dueling": True}), (dqn, {"prioritized_replay": True}),
-    (dqn, {"double_q": True, "dueling": True, "prioritized_replay": True}),
-    (dqn, {"tabular": True, "learning_rate": 1e-3}), (dqn, {"anneal_lr": False}), (dqn, {}),
-    (dqn, {"buffer_size": 1, "batch_size": 1, "num_envs": 1, "num_updates": 1}),
-    (cem_q, {"maximizer": "grid"}), (cem_q, {"maximizer": "gradient"}), (cem_q, {}),
-    (cem_q, {"maximizer": "cmaes"}), (naf, {}), (naf, {"anneal_lr": False}),
-    (ddpg_continuous, {}), (ddpg_continuous, {"ou_theta": 0.15}),
-    (ddpg_continuous, {"num_envs": 1}),
-]  # fmt: skip
+CASES = [(m, name, value) for m in VALUE_MODULES for name, value in options(m, TINY)]
+# what a flag needs to matter
+NEEDS = {"alpha": {"prioritized_replay": True}, "beta": {"prioritized_replay": True}}
+NEEDS |= {"bins": {"maximizer": "grid"}, "reward_scale": {"env_id": "Pendulum-v1"}}
+TRAINED = {}
 
 
-@pytest.mark.parametrize(("module", "settings"), OPTIONS)
-def test_every_option_learns_and_its_checkpoint_loads(module, settings):
-    args = module.Args(**{**TINY, **settings})
-    returns = module.train(args)
-    assert returns.shape == (3,) and returns.isfinite().all()
-    (path,) = Path("runs").glob("*/checkpoint.pt")
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["args"] == vars(args) and checkpoint["global_step"] >= 400
-    assert int(checkpoint["buffer"]["count"]) >= 400
-    for name in ("q_network", "actor"):
-        assert all(value.isfinite().all() for value in checkpoint.get(name, {}).values())
-    if settings.get("tabular"):
-        assert checkpoint["q_network"]["weight"].abs().max() > 0  # it was 0 at first
-    else:
-        assert checkpoint["optimizer"]["state"][0]["step"] > 50
-    assert checkpoint["q_network"].keys() == checkpoint["target_network"].keys()
+def trained(module, **settings):
+    """The checkpoint of a short run, after checking that it learned."""
+    key = (module, *sorted(settings.items()))
+    if key not in TRAINED:
+        args = module.Args(**{**TINY, **settings})
+        returns = module.train(args)
+        assert returns.shape == (args.eval_episodes,) and returns.isfinite().all()
+        (path,) = Path("runs").glob("*/checkpoint.pt")
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["args"] == vars(args)
+        assert checkpoint["global_step"] >= args.total_timesteps
+        assert int(checkpoint["buffer"]["count"]) == checkpoint["global_step"]
+        networks = [name for name in ("q_network", "actor") if name in checkpoint]
+        for name in networks:
+            assert all(value.isfinite().all() for value in checkpoint[name].values())
+            assert checkpoint[name].keys() == checkpoint[f"target_{TARGETS[name]}"].keys()
+        if not settings.get("tabular"):
+            steps = [state["step"] for state in checkpoint["optimizer"]["state"].values()]
+            assert min(steps) == max(steps) >= 10
+        TRAINED[key] = checkpoint
+    return TRAINED[key]
+
+
+TARGETS = {"q_network": "network", "actor": "actor"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"), CASES, ids=[f"{m.__name__}-{n}-{v}" for m, n, v in CASES]
+)
+def test_every_option(module, name, value, tmp_path, monkeypatch):
+    """No flag is dead: those that are not about the machine or the log change what is learned."""
+    needs = NEEDS.get(name, {})
+    default = trained(module, **needs)["q_network"]
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    small = {"buffer_size": {"batch_size": 1}, "num_samples": {"num_elites": 1}}.get(name, {})
+    other = trained(module, **{**needs, **small, name: value})["q_network"]
+    if name not in INERT and value not in (getattr(module.Args(), name), TINY.get(name)):
+        assert default.keys() != other.keys() or any(
+            default[key].shape != other[key].shape or not torch.equal(default[key], other[key])
+            for key in default
+        )
+
+
+def test_all_extensions_together():
+    trained(dqn, double_q=True, dueling=True, prioritized_replay=True)
 
 
 def final(module, monkeypatch, tmp_path, name, **settings):
@@ -371,15 +396,125 @@ def test_a_loss_that_is_not_finite_stops_the_run(value_script, monkeypatch):
         value_script.train(value_script.Args(**TINY))
 
 
-def test_one_table_and_plain_steps_are_classic_q_learning():
-    """α = ½ on one-hot states: Q(s, a) moves half way to its target."""
-    args = dqn.Args(**{**TINY, "tabular": True, "learning_rate": 0.5})
-    assert args.tabular
-    table = nn.Linear(3, 2, bias=False)
-    nn.init.zeros_(table.weight)
-    optimizer = torch.optim.SGD(table.parameters(), 0.5)
-    q = table(torch.eye(3)[1:2])[:, 0]
-    (0.5 * (q - 8.0).square()).mean().backward()
-    optimizer.step()
-    expected = torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(table.weight.detach(), expected)
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name): the arguments and the result of every later call of owner.name."""
+
+    def install(owner, name):
+        calls, original = [], getattr(owner, name)
+
+        def record(*args, **kwargs):
+            calls.append((args, original(*args, **kwargs)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(owner, name, record)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_train_acts_num_steps_and_then_updates(value_script, spy, num_steps, monkeypatch):
+    acts, targets = spy(value_script, "select_actions"), spy(value_script, "td_target")
+    monkeypatch.setattr(value_script, "evaluate", lambda *args: torch.zeros(3))
+    value_script.train(value_script.Args(**TINY, num_steps=num_steps, num_updates=5))
+    rounds = math.ceil(len(acts) / num_steps)
+    warm_up = math.ceil(100 / (4 * num_steps)) - 1  # CartPole's episodes may end, and cost a reset
+    assert len(acts) % num_steps == 0
+    assert rounds - warm_up - 4 <= len(targets) / 5 <= rounds - warm_up
+
+
+def test_train_decreases_the_step_size(value_script, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def record(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    value_script.train(value_script.Args(**TINY, learning_rate=0.01))
+    assert 0.0075 <= rates[0] <= 0.01 and 0 < rates[-1] < 0.0005
+    assert rates == sorted(rates, reverse=True)
+    rates.clear()
+    value_script.train(value_script.Args(**TINY, learning_rate=0.01, anneal_lr=False))
+    assert set(rates) == {0.01}
+
+
+def test_train_of_dqn_lets_epsilon_fall(spy):
+    acts = spy(dqn, "select_actions")
+    dqn.train(dqn.Args(**TINY, start_e=0.9, end_e=0.1, exploration_fraction=0.5))
+    epsilons = [args[2] if len(args) > 2 else 0.0 for args, _ in acts]
+    greedy = epsilons.index(0.0)  # from there on, the evaluation
+    assert epsilons[0] == 0.9 and epsilons[greedy - 1] == 0.1
+    falling = epsilons[: epsilons.index(0.1)]
+    assert falling == sorted(falling, reverse=True)
+    assert 0.4 <= len(falling) / greedy <= 0.6
+
+
+def test_train_of_dqn_copies_the_target_network_now_and_then(spy):
+    copies, targets = spy(dqn, "update_target"), spy(dqn, "td_target")
+    dqn.train(dqn.Args(**TINY, target_network_frequency=60, num_updates=1))
+    assert 400 // 60 - 100 // 60 - 1 <= len(copies) <= 400 // 60 - 100 // 60 + 1
+    assert len(targets) > 5 * len(copies)
+
+
+@pytest.mark.parametrize("module", CONTINUOUS)
+def test_train_moves_the_target_networks_in_every_update(module, spy):
+    copies, targets = spy(module, "update_target"), spy(module, "td_target")
+    module.train(module.Args(**TINY, tau=0.3))
+    networks = 2 if module is ddpg_continuous else 1
+    assert len(copies) == networks * len(targets) and all(args[2] == 0.3 for args, _ in copies)
+
+
+@pytest.mark.parametrize("module", CONTINUOUS)
+def test_train_warms_up_with_uniform_actions(module, monkeypatch):
+    buffer, _ = spy_on_the_buffer(module, monkeypatch, "Pendulum-v1", total_timesteps=3000,
+                                  learning_starts=2900, exploration_noise=0.0)  # fmt: skip
+    actions = buffer.actions[:2900]
+    torch.testing.assert_close(actions.mean().item(), 0.0, atol=0.06, rtol=0)
+    torch.testing.assert_close(actions.std().item(), 3**-0.5, atol=0.03, rtol=0)
+
+
+def test_train_weighs_the_td_errors_of_prioritised_replay(spy, monkeypatch):
+    samples = spy(dqn.PrioritizedReplayBuffer, "sample")
+    updates = spy(dqn.PrioritizedReplayBuffer, "update_priorities")
+    targets, losses, backward = spy(dqn, "td_target"), [], torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda self: losses.append(self.item()) or backward(self)
+    )
+    dqn.train(dqn.Args(**TINY, prioritized_replay=True, alpha=0.7, beta=0.3))
+    betas = [args[2] for args, _ in samples]
+    assert 0.3 < betas[0] < 0.6 and betas == sorted(betas) and 0.97 < betas[-1] <= 1
+    for (_, (batch, rows, weights)), (update, _), (_, y), loss in zip(
+        samples, updates, targets, losses
+    ):
+        _, updated, errors, alpha = update
+        assert updated is rows and alpha == 0.7 and len(errors) == len(y) == len(batch.rewards)
+        assert loss == pytest.approx(0.5 * (weights * errors**2).mean().item(), rel=1e-4)
+        assert not errors.requires_grad
+
+
+def test_train_of_ddpg_steps_the_actor_alone_on_the_actors_loss(monkeypatch):
+    """Between the critic's step and the next zero_grad, the critic's gradient is the critic's."""
+    made, loss = [], ddpg_continuous.actor_loss
+
+    def record(actor, q_network, obs):
+        made.append((q_network, [p.grad.clone() for p in q_network.parameters()]))
+        return loss(actor, q_network, obs)
+
+    monkeypatch.setattr(ddpg_continuous, "actor_loss", record)
+    ddpg_continuous.train(ddpg_continuous.Args(**TINY))
+    network, last = made[-1]
+    assert all(torch.equal(p.grad, before) for p, before in zip(network.parameters(), last))
+
+
+def test_tabular_q_learning_finds_the_values_of_frozen_lake():
+    """Q*(0) = .99^6, .99^5, .99^5, .99^6, by the README's command."""
+    command = next(c for c in (ROOT / "README.md").read_text().splitlines() if "--tabular" in c)
+    args = tyro.cli(dqn.Args, args=command.split("dqn.py")[1].split())
+    args.wandb_mode, args.total_timesteps = "disabled", 20_000
+    assert dqn.train(args).mean() == 1
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    table = torch.load(path, weights_only=True)["q_network"]["weight"].T
+    expected = torch.tensor([0.99**6, 0.99**5, 0.99**5, 0.99**6])
+    torch.testing.assert_close(table[0], expected, atol=1e-3, rtol=0)

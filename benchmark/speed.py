@@ -1,0 +1,68 @@
+"""Steps/s of dqn.py and ddpg_continuous.py at the network, batch and updates a step of CleanRL's.
+
+python -m benchmark.speed
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import tyro
+from torch import nn
+
+import ddpg_continuous
+import dqn
+
+
+@dataclass
+class Args:
+    repeats: int = 3
+
+
+class QNetwork(nn.Sequential):
+    """That of CleanRL's dqn.py."""
+
+    def __init__(self, obs_dim, num_actions, dueling):
+        hidden = [nn.Linear(obs_dim, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
+        super().__init__(*hidden, nn.Linear(84, num_actions))
+
+
+def mlp(in_dim, out_dim):
+    hidden = [nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(256, out_dim))
+
+
+class Actor(nn.Sequential):
+    """That of CleanRL's ddpg_continuous_action.py, as is Critic."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__(mlp(obs_dim, action_dim), nn.Tanh())
+
+
+class Critic(ddpg_continuous.QNetwork):
+    def __init__(self, obs_dim, action_dim):
+        nn.Sequential.__init__(self, mlp(obs_dim + action_dim, 1), nn.Flatten(-2))
+
+
+def steps_per_second(module, **settings):
+    """Of a whole run but for the evaluation, its log and its warm-up included."""
+    ends = []
+    module.evaluate = lambda *_: ends.append(time.perf_counter()) or torch.zeros(1)
+    start = time.perf_counter()
+    module.train(module.Args(**settings))
+    return settings["total_timesteps"] / (ends[0] - start)
+
+
+def main(args):
+    dqn.QNetwork, ddpg_continuous.Actor, ddpg_continuous.QNetwork = QNetwork, Actor, Critic
+    for _ in range(args.repeats):  # one update every 10 env steps; one every step
+        settings = {"buffer_size": 10_000, "learning_starts": 10_000, "batch_size": 128}
+        settings |= {"total_timesteps": 60_000, "num_envs": 20, "num_updates": 2}
+        print(f"dqn.py: {steps_per_second(dqn, **settings):,.0f} steps/s")
+        settings = {"learning_starts": 100, "batch_size": 256, "total_timesteps": 4_000}
+        settings |= {"num_envs": 8, "num_updates": 8}
+        print(f"ddpg_continuous.py: {steps_per_second(ddpg_continuous, **settings):,.0f} steps/s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
