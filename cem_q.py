@@ -144,28 +144,28 @@ def env_actions(actions: Tensor, space: Box) -> np.ndarray:
     return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
 
 
-# Each takes q_function, from actions (B, K, A) to Q (B, K), and returns the actions found, (B, A).
-MIN_STD = 0.05  # of cem and cmaes along each axis, or their search would end where it began
+# Each search takes q_function, from actions (B, K, d) to Q (B, K), and returns actions (B, d). The
+# standard deviations of cem and cmaes stay above min_std, or they would end where they began.
 
 
 def best(q_function, actions: Tensor, count: int = 1) -> Tensor:
-    """Of actions (B, K, A) the `count` of the highest Q, the best first, (B, count, A)."""
+    """Of actions (B, K, d) the `count` of the highest Q, the best first, (B, count, d)."""
     rows = q_function(actions).topk(count, dim=1).indices
     return actions.take_along_dim(rows.unsqueeze(-1), dim=1)
 
 
 @torch.no_grad()
-def argmax_grid(q_function, batch_size, action_dim, bins=21, device=None) -> Tensor:
+def argmax_grid(q_function, batch_size, d, bins=21, device=None) -> Tensor:
     """(7) Option 1, discretisation: the best of bins^d points."""
     axis = torch.linspace(-1, 1, bins, device=device)
-    grid = torch.cartesian_prod(*[axis] * action_dim).view(-1, action_dim)
+    grid = torch.cartesian_prod(*[axis] * d).view(-1, d)
     return best(q_function, grid.expand(batch_size, -1, -1)).squeeze(1)
 
 
 @torch.enable_grad()
-def argmax_gradient(q_function, batch_size, action_dim, num_samples=8, iterations=5, device=None):
-    """(8) Option 2, gradient ascent: the best end of num_samples ascents, as α falls to 0."""
-    actions = 2 * torch.rand(batch_size, num_samples, action_dim, device=device) - 1
+def argmax_gradient(q_function, batch_size, d, num_samples=8, iterations=5, device=None) -> Tensor:
+    """(8) Option 2, gradient ascent: the best of where num_samples ascents end; α falls to 0."""
+    actions = 2 * torch.rand(batch_size, num_samples, d, device=device) - 1
     for i in range(iterations):
         (gradient,) = torch.autograd.grad(q_function(actions.requires_grad_()).sum(), actions)
         step = 0.5 * (1 - i / iterations) * nn.functional.normalize(gradient, dim=-1)
@@ -175,47 +175,49 @@ def argmax_gradient(q_function, batch_size, action_dim, num_samples=8, iteration
 
 @torch.no_grad()
 def argmax_cem(
-    q_function, batch_size, action_dim, num_samples=32, num_elites=4, iterations=2, device=None
+    q_function, batch_size, d, num_samples=32, num_elites=4, iterations=2, min_std=0.05, device=None
 ) -> Tensor:
     """(9) Option 2, cross-entropy method: the mean of the last elites."""
-    mean = torch.zeros(batch_size, 1, action_dim, device=device)
+    mean = torch.zeros(batch_size, 1, d, device=device)
     std = torch.ones_like(mean)
     for _ in range(iterations):
-        noise = torch.randn(batch_size, num_samples, action_dim, device=device)
+        noise = torch.randn(batch_size, num_samples, d, device=device)
         elites = best(q_function, (mean + std * noise).clamp(-1, 1), num_elites)
         mean = elites.mean(dim=1, keepdim=True)
-        std = elites.std(dim=1, keepdim=True, correction=0).clamp(min=MIN_STD)
+        std = elites.std(dim=1, keepdim=True, correction=0).clamp(min=min_std)
     return mean.squeeze(1)
 
 
 @torch.no_grad()
-def argmax_cmaes(q_function, batch_size, action_dim, num_samples=16, iterations=10, device=None):
+def argmax_cmaes(
+    q_function, batch_size, d, num_samples=16, iterations=10, min_std=0.05, device=None
+) -> Tensor:
     """(10) Option 2, CMA-ES: the last mean. Samples outside the box count as its nearest point."""
-    n, num_elites = action_dim, max(1, num_samples // 2)
+    num_elites = max(1, num_samples // 2)
     w = math.log(num_elites + 0.5) - torch.arange(1, num_elites + 1).log()
     w = w / w.sum()
-    size = 1 / w.square().sum().item()  # the effective number of elites
-    c_sigma, c_path = (size + 2) / (n + size + 5), (4 + size / n) / (n + 4 + 2 * size / n)
-    c_1 = 2 / ((n + 1.3) ** 2 + size)
-    c_w = min(1 - c_1, 2 * (size - 2 + 1 / size) / ((n + 2) ** 2 + size))
-    damping = 1 + c_sigma + 2 * max(0, ((size - 1) / (n + 1)) ** 0.5 - 1)
-    length = n**0.5 * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # E |N(0, I)|
-    mean, path_sigma, path = torch.zeros(3, batch_size, 1, n, device=device)
-    sigma, C, w = torch.full_like(mean[..., :1], 0.5), torch.eye(n, device=device), w.to(device)
+    mu_eff = 1 / w.square().sum().item()
+    c_sigma, c_c = (mu_eff + 2) / (d + mu_eff + 5), (4 + mu_eff / d) / (d + 4 + 2 * mu_eff / d)
+    d_sigma = 1 + c_sigma + 2 * max(0, ((mu_eff - 1) / (d + 1)) ** 0.5 - 1)
+    c_1 = 2 / ((d + 1.3) ** 2 + mu_eff)
+    c_mu = min(1 - c_1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((d + 2) ** 2 + mu_eff))
+    chi = d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d**2))  # E |N(0, I)|
+    mean, p_sigma, p_c = torch.zeros(3, batch_size, 1, d, device=device)
+    sigma, C, w = torch.full_like(mean[..., :1], 0.5), torch.eye(d, device=device), w.to(device)
     for _ in range(iterations):
         variances, axes = torch.linalg.eigh(C)
-        stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=MIN_STD)
-        noise = torch.randn(batch_size, num_samples, n, device=device)
-        actions = (mean + noise * stds @ axes.mT).clamp(-1, 1)
-        steps = best(q_function, actions, num_elites) - mean
+        stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=min_std)
+        noise = torch.randn(batch_size, num_samples, d, device=device)
+        samples = (mean + noise * stds @ axes.mT).clamp(-1, 1)
+        steps = best(q_function, samples, num_elites) - mean  # σ y_i of the elites
         step = w[None] @ steps
         mean = mean + step
-        white = (step @ axes / stds) @ axes.mT  # C^-½ step / σ
-        path_sigma = (1 - c_sigma) * path_sigma + (c_sigma * (2 - c_sigma) * size) ** 0.5 * white
-        path = (1 - c_path) * path + (c_path * (2 - c_path) * size) ** 0.5 * step / sigma
-        C = (1 - c_1 - c_w) * C + c_1 * path.mT @ path + c_w * (w * steps.mT) @ steps / sigma**2
-        growth = path_sigma.norm(dim=-1, keepdim=True) / length - 1
-        sigma = sigma * (c_sigma / damping * growth).exp()
+        white = (step @ axes / stds) @ axes.mT  # C^-½ y_w
+        p_sigma = (1 - c_sigma) * p_sigma + (c_sigma * (2 - c_sigma) * mu_eff) ** 0.5 * white
+        p_c = (1 - c_c) * p_c + (c_c * (2 - c_c) * mu_eff) ** 0.5 * step / sigma
+        C_mu = (w * steps.mT) @ steps / sigma**2
+        C = (1 - c_1 - c_mu) * C + c_1 * p_c.mT @ p_c + c_mu * C_mu
+        sigma = sigma * (c_sigma / d_sigma * (p_sigma.norm(dim=-1, keepdim=True) / chi - 1)).exp()
     return mean.squeeze(1)
 
 
@@ -307,7 +309,7 @@ def train(args: Args) -> Tensor:
         "cem": (argmax_cem, search | {"num_elites": args.num_elites}),  # (9)
         "cmaes": (argmax_cmaes, search),  # (10)
     }[args.maximizer]
-    maximizer = partial(maximizer, action_dim=flatdim(space), device=device, **settings)
+    maximizer = partial(maximizer, d=flatdim(space), device=device, **settings)
     if args.maximizer == "grid":
         print(f"a grid of {args.bins}^{flatdim(space)} = {args.bins ** flatdim(space)} actions")
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
