@@ -4,21 +4,21 @@
 # ///
 """Q-learning with continuous actions, the max by search. Lecture: Options 1 and 2.
 
-    a = argmax_a' Q_φ(s, a') + σ N(0, I)                                (1)  select_actions
+    a = argmax_a' Q_φ(s, a') + σ 𝒩(0, I)                                (1)  select_actions
     argmax_a' Q(s, a') over the box [-1, 1]^d, by --maximizer           (2)  argmax_action
-    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    (s, a, r, s') ~ uniformly, from the last buffer_size transitions    (3)  ReplayBuffer
     y = r + γ (1 - terminated) Q_φ⁻(s', argmax_a' Q_φ⁻(s', a'))         (4)  td_target
     φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
     φ⁻ ← τ φ + (1 - τ) φ⁻                                               (6)  update_target
     grid: the best of bins^d points                                     (7)  argmax_grid
-    gradient: a ← a + α ∇_a Q / |∇_a Q|, from many starts               (8)  argmax_gradient
-    cem: a ~ N(m, diag v), then m and v are those of the elites         (9)  argmax_cem
-    cmaes: a ~ N(m, σ² C), and σ and C learn from the steps of m        (10) argmax_cmaes
+    gradient: a ← clip(a + α ∇_a Q / |∇_a Q|), from many starts         (8)  argmax_gradient
+    cem: a ~ 𝒩(m, diag s²), then m and s are those of the elites        (9)  argmax_cem
+    cmaes: a ~ 𝒩(m, σ² C); σ and C learn from m's steps and the elites  (10) argmax_cmaes
 
     N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
 
-(9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016). The slide's
-"stuck in the local minimum" is a maximum; time/maximizing shows its "slow".
+(9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
+weights and h_σ. The slide's "local minimum" is a local maximum; time/maximizing shows its "slow".
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known
@@ -50,7 +50,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 20_000  # env steps; the vector step under way is finished
+    total_timesteps: int = 20_000  # env steps; the round under way is finished
     num_envs: int = 8  # N: envs stepped at once
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -63,8 +63,8 @@ class Args:
     gamma: float = 0.98  # discount
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_steps: int = 1  # of each env between updates, by one policy
-    num_updates: int = 2  # after each num_steps
+    num_steps: int = 1  # of each env in a round, by one policy
+    num_updates: int = 2  # after them
     learning_starts: int = 1_000  # env steps before the first update, by random actions
     tau: float = 0.02  # in each update; 1 copies φ to φ⁻
     exploration_noise: float = 0.2  # σ
@@ -77,7 +77,7 @@ class Args:
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
-            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
@@ -86,11 +86,16 @@ class Args:
             raise ValueError("--batch-size must be at most --buffer-size")
         if self.learning_starts >= self.total_timesteps:
             raise ValueError("--learning-starts must be less than --total-timesteps")
-        if self.num_elites > self.num_samples:
-            raise ValueError("--num-elites must be at most --num-samples")
-        points = self.bins ** flatdim(make_envs(self.env_id, 1).single_action_space)
-        if self.maximizer == "grid" and points > 10_000:
-            raise ValueError(f"--bins {self.bins} are {points} points; at most 10000, or use cem")
+        least = {"cem": self.num_elites, "cmaes": 2}.get(self.maximizer, 1)
+        if self.num_samples < least:
+            raise ValueError(
+                f"--num-samples must be at least {least} for --maximizer {self.maximizer}"
+            )
+        envs = make_envs(self.env_id, 1)
+        points = self.bins ** flatdim(envs.single_action_space)
+        envs.close()
+        if self.maximizer == "grid" and not 1 < points <= 10_000:
+            raise ValueError(f"--bins {self.bins} makes {points} points; not in [2, 10000]")
 
 
 class QNetwork(nn.Sequential):
@@ -134,7 +139,7 @@ class ReplayBuffer(nn.Module):
 
     def sample(self, batch_size: int) -> Batch:
         rows = torch.randint(2**40, (batch_size,), device=self.count.device)
-        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        rows = rows % self.count.clamp(max=len(self.rewards))  # on the device: the host goes on
         return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
@@ -193,8 +198,8 @@ def argmax_cmaes(
     q_function, batch_size, d, num_samples=16, iterations=10, min_std=0.05, device=None
 ) -> Tensor:
     """(10) Option 2, CMA-ES: the last mean. Samples outside the box count as its nearest point."""
-    num_elites = max(1, num_samples // 2)
-    w = math.log(num_elites + 0.5) - torch.arange(1, num_elites + 1).log()
+    num_elites = num_samples // 2
+    w = math.log((num_samples + 1) / 2) - torch.arange(1, num_elites + 1).log()
     w = w / w.sum()
     mu_eff = 1 / w.square().sum().item()
     c_sigma, c_c = (mu_eff + 2) / (d + mu_eff + 5), (4 + mu_eff / d) / (d + 4 + 2 * mu_eff / d)
@@ -212,7 +217,7 @@ def argmax_cmaes(
         steps = best(q_function, samples, num_elites) - mean  # σ y_i of the elites
         step = w[None] @ steps
         mean = mean + step
-        white = (step @ axes / stds) @ axes.mT  # C^-½ y_w
+        white = (step @ axes / stds) @ axes.mT  # C^-½ y_w, but for min_std
         p_sigma = (1 - c_sigma) * p_sigma + (c_sigma * (2 - c_sigma) * mu_eff) ** 0.5 * white
         p_c = (1 - c_c) * p_c + (c_c * (2 - c_c) * mu_eff) ** 0.5 * step / sigma
         C_mu = (w * steps.mT) @ steps / sigma**2
@@ -239,7 +244,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, sigma
 
 @torch.no_grad()
 def td_target(batch: Batch, next_actions: Tensor, target_network, gamma: float) -> Tensor:
-    """(4) From argmax_a' Q_φ⁻(s', a'), (B, A): (B,)."""
+    """(4) y, (B,), given argmax_a' Q_φ⁻(s', a'), (B, A)."""
     next_q = target_network(batch.next_obs, next_actions)
     return batch.rewards + gamma * (1 - batch.terminations) * next_q
 
@@ -343,7 +348,7 @@ def train(args: Args) -> Tensor:
             totals *= live
         steps = global_step - before
         progress.update(steps)
-        if global_step < args.learning_starts:
+        if global_step < args.learning_starts or steps == 0:
             continue
 
         # 2. update on transitions of the buffer
@@ -365,8 +370,8 @@ def train(args: Args) -> Tensor:
         log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
         if (log or save) and not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
-        if log and episodes:
-            episodic_return, episodic_length = np.mean(episodes, axis=0)
+        if log:
+            episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)
             metrics = {
                 "global_step": global_step,
                 "charts/episodic_return": episodic_return,

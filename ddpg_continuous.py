@@ -5,8 +5,8 @@
 """Deep deterministic policy gradient, DDPG (Lillicrap et al., 2016). Lecture: Option 4.
 
     a = μ_θ(s) + n,  μ_θ(s) ≈ argmax_a Q_φ(s, a)                        (1)  select_actions
-    n ← (1 - ϑ) n + σ N(0, I)                                           (2)  ou_noise
-    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    n ← (1 - κ) n + σ 𝒩(0, I)                                           (2)  ou_noise
+    (s, a, r, s') ~ uniformly, from the last buffer_size transitions    (3)  ReplayBuffer
     y = r + γ (1 - terminated) Q_φ⁻(s', μ_θ⁻(s'))                       (4)  td_target
     φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
     φ⁻ ← τ φ + (1 - τ) φ⁻,  θ⁻ ← τ θ + (1 - τ) θ⁻                       (6)  update_target
@@ -16,8 +16,8 @@
 
 The actor learns to find the max, so that (4) need not search for it. The slide's chain rule means
 dθ where it says dφ: in (7) the critic is fixed, and the states are those of the buffer. Actions are
-normalised to [-1, 1]. In (2), ϑ = 1 is Gaussian noise; less is Ornstein-Uhlenbeck noise (0.15 in
-the paper), which pushes one way for 1/ϑ steps or so, as an env with inertia may need.
+normalised to [-1, 1]. In (2), κ = 1 is Gaussian noise; less is Ornstein-Uhlenbeck noise (0.15 in
+the paper), which pushes one way for 1/κ steps or so, as an env with inertia may need.
 
     python ddpg_continuous.py --env-id Pendulum-v1
     diff dqn.py ddpg_continuous.py
@@ -46,7 +46,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 20_000  # env steps; the vector step under way is finished
+    total_timesteps: int = 20_000  # env steps; the round under way is finished
     num_envs: int = 8  # N: envs stepped at once
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -59,17 +59,17 @@ class Args:
     gamma: float = 0.98  # discount
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_steps: int = 1  # of each env between updates, by one policy
-    num_updates: int = 2  # after each num_steps
+    num_steps: int = 1  # of each env in a round, by one policy
+    num_updates: int = 2  # after them
     learning_starts: int = 1_000  # env steps before the first update, by random actions
     tau: float = 0.02  # in each update; 1 copies φ to φ⁻
     exploration_noise: float = 0.2  # σ
-    ou_theta: float = 1.0  # ϑ
+    ou_theta: float = 1.0  # κ
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
-            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
@@ -130,7 +130,7 @@ class ReplayBuffer(nn.Module):
 
     def sample(self, batch_size: int) -> Batch:
         rows = torch.randint(2**40, (batch_size,), device=self.count.device)
-        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        rows = rows % self.count.clamp(max=len(self.rewards))  # on the device: the host goes on
         return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
@@ -153,7 +153,7 @@ def select_actions(actor: nn.Module, obs: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def td_target(batch: Batch, target_actor, target_network, gamma: float) -> Tensor:
-    """(4) (B,)."""
+    """(4) y, (B,)."""
     next_q = target_network(batch.next_obs, target_actor(batch.next_obs))
     return batch.rewards + gamma * (1 - batch.terminations) * next_q
 
@@ -218,11 +218,11 @@ def train(args: Args) -> Tensor:
     actor = Actor(obs_dim, flatdim(space)).to(device)
     q_network = QNetwork(obs_dim, flatdim(space)).to(device)
     target_actor, target_network = deepcopy(actor), deepcopy(q_network)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.learning_rate, fused=True)
-    optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
+    parameters = [*q_network.parameters(), *actor.parameters()]
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
     modules = {"q_network": q_network, "target_network": target_network}
-    modules |= {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
+    modules |= {"actor": actor, "target_actor": target_actor}
     modules |= {"optimizer": optimizer, "buffer": buffer}
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
     run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
@@ -242,7 +242,7 @@ def train(args: Args) -> Tensor:
         for _ in range(args.num_steps):
             elapsed = global_step / args.total_timesteps
             obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
-            noise = noise * noise.new_tensor(live)[:, None]  # a new episode, a new noise
+            noise = noise * noise.new_tensor(live)[:, None]  # none of the last episode's
             noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (2)
             actions = select_actions(actor, obs, noise)  # (1)
             if global_step < args.learning_starts:
@@ -257,12 +257,11 @@ def train(args: Args) -> Tensor:
             totals *= live
         steps = global_step - before
         progress.update(steps)
-        if global_step < args.learning_starts:
+        if global_step < args.learning_starts or steps == 0:
             continue
 
         # 2. update on transitions of the buffer
-        for group in optimizer.param_groups + actor_optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
         for _ in range(args.num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
             y = td_target(batch, target_actor, target_network, args.gamma)  # (4)
@@ -270,21 +269,18 @@ def train(args: Args) -> Tensor:
             loss = 0.5 * (q_values - y).square().mean()
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()  # (5)
-
             policy_loss = actor_loss(actor, q_network, batch.obs)
-            actor_optimizer.zero_grad()
-            policy_loss.backward(inputs=list(actor.parameters()))
-            actor_optimizer.step()  # (7)
+            policy_loss.backward(inputs=list(actor.parameters()))  # dQ/dφ is not wanted here
+            optimizer.step()  # (5), (7)
             update_target(target_network, q_network, args.tau)  # (6)
-            update_target(target_actor, actor, args.tau)
+            update_target(target_actor, actor, args.tau)  # (6)
 
         last = global_step >= args.total_timesteps
         log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
         if (log or save) and not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
-        if log and episodes:
-            episodic_return, episodic_length = np.mean(episodes, axis=0)
+        if log:
+            episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)
             metrics = {
                 "global_step": global_step,
                 "charts/episodic_return": episodic_return,

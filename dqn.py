@@ -5,20 +5,20 @@
 """Deep Q-network, DQN (Mnih et al., 2015), and its extensions. Lecture: Deep Q-learning.
 
     a = argmax_a' Q_φ(s, a'), but any action with probability ε         (1)  select_actions
-    ε falls from start_e to end_e, in a line                            (2)  epsilon_at
-    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    ε falls linearly from start_e to end_e                              (2)  epsilon_at
+    (s, a, r, s') ~ uniformly, from the last buffer_size transitions    (3)  ReplayBuffer
     y = r + γ (1 - terminated) max_a' Q_φ⁻(s', a')                      (4)  td_target
     φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
     φ⁻ ← τ φ + (1 - τ) φ⁻                                               (6)  update_target
     --double-q: y = r + γ (1 - terminated) Q_φ⁻(s', argmax_a' Q_φ(s', a'))   (7)  td_target
     --dueling: Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')              (8)  QNetwork
-    --prioritized-replay: P(i) ∝ |y_i - Q_i|^α,  w_i = (n P(i))^-β      (9)  PrioritizedReplayBuffer
+    --prioritized-replay: P(i) ∝ |y_i - Q_i|^α, and w_i = (n P(i))^-β   (9)  PrioritizedReplayBuffer
 
     N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
 
 The slides leave out (1 - terminated). An episode cut by a time limit has a future all the same, so
-it is not terminated. (5) takes Adam's step on the mean of ½ (Q - y)². Its η falls to 0, in a line:
-else the policy that is left at the end is as good or bad as the noise of the last updates.
+it is not terminated. (5) takes Adam's step on the mean of ½ (Q - y)², each weighted by w_i in (9).
+η falls linearly to 0: else the final policy depends on the noise of the last updates.
 
     python dqn.py --env-id CartPole-v1
     diff dqn.py cem_q.py        # next: continuous actions, where max_a' is a search
@@ -48,7 +48,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 50_000  # env steps; the vector step under way is finished
+    total_timesteps: int = 50_000  # env steps; the round under way is finished
     num_envs: int = 32  # N: envs stepped at once
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -61,8 +61,8 @@ class Args:
     gamma: float = 0.99  # discount
     buffer_size: int = 50_000  # transitions
     batch_size: int = 256  # transitions in an update
-    num_steps: int = 1  # of each env between updates, by one policy
-    num_updates: int = 8  # after each num_steps
+    num_steps: int = 1  # of each env in a round, by one policy
+    num_updates: int = 8  # after them
     learning_starts: int = 1_000  # env steps before the first update
     tau: float = 1.0  # 1 copies φ to φ⁻
     target_network_frequency: int = 160  # env steps from one φ⁻ to the next
@@ -72,14 +72,14 @@ class Args:
     double_q: bool = False  # (7): φ picks the action, φ⁻ values it
     dueling: bool = False  # (8)
     prioritized_replay: bool = False  # (9)
-    alpha: float = 0.6  # in (9); 0 is uniform
-    beta: float = 0.4  # in (9), at first; 1 at last
+    alpha: float = 0.6  # α; 0 is uniform
+    beta: float = 0.4  # β at first; 1 at last
     tabular: bool = False  # Q is a table, 0 at first, and (5) a plain step; s must be one-hot
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
-            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
@@ -138,15 +138,15 @@ class ReplayBuffer(nn.Module):
 
     def sample(self, batch_size: int) -> Batch:
         rows = torch.randint(2**40, (batch_size,), device=self.count.device)
-        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        rows = rows % self.count.clamp(max=len(self.rewards))  # on the device: the host goes on
         return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
     """(9) Proportional prioritisation (Schaul et al., 2016)."""
 
-    def __init__(self, *shape):
-        super().__init__(*shape)
+    def __init__(self, *settings):
+        super().__init__(*settings)
         self.register_buffer("priorities", torch.zeros_like(self.rewards))  # |y - Q|^α
 
     def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
@@ -188,7 +188,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def td_target(batch: Batch, q_network, target_network, gamma: float, double_q: bool) -> Tensor:
-    """(4), or (7) if double_q, (B,)."""
+    """(4) y, or (7) if double_q, (B,)."""
     next_q = target_network(batch.next_obs)
     best = (q_network(batch.next_obs) if double_q else next_q).argmax(dim=-1, keepdim=True)
     return batch.rewards + gamma * (1 - batch.terminations) * next_q.gather(-1, best).squeeze(-1)
@@ -287,7 +287,7 @@ def train(args: Args) -> Tensor:
             totals *= live
         steps = global_step - before
         progress.update(steps)
-        if global_step < args.learning_starts:
+        if global_step < args.learning_starts or steps == 0:
             continue
 
         # 2. update on transitions of the buffer
@@ -305,7 +305,7 @@ def train(args: Args) -> Tensor:
             loss.backward()
             optimizer.step()  # (5)
             if args.prioritized_replay:
-                buffer.update_priorities(rows, (q_values - y).detach(), args.alpha)
+                buffer.update_priorities(rows, (q_values - y).detach(), args.alpha)  # (9)
         if global_step % args.target_network_frequency < steps:
             update_target(target_network, q_network, args.tau)  # (6)
 
@@ -313,8 +313,8 @@ def train(args: Args) -> Tensor:
         log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
         if (log or save) and not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
-        if log and episodes:
-            episodic_return, episodic_length = np.mean(episodes, axis=0)
+        if log:
+            episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)
             metrics = {
                 "global_step": global_step,
                 "charts/episodic_return": episodic_return,

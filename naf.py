@@ -4,9 +4,9 @@
 # ///
 """Q-learning with normalized advantage functions, NAF (Gu et al., 2016). Lecture: Option 3.
 
-    a = μ(s) + σ N(0, I)                                                (1)  select_actions
+    a = μ(s) + σ 𝒩(0, I)                                                (1)  select_actions
     Q_φ(s, a) = V(s) - ½ (a - μ(s))ᵀ P(s) (a - μ(s)),  P = L Lᵀ         (2)  naf_q
-    (s, a, r, s') ~ the last transitions, each as likely                (3)  ReplayBuffer
+    (s, a, r, s') ~ uniformly, from the last buffer_size transitions    (3)  ReplayBuffer
     y = c r + γ (1 - terminated) V_φ⁻(s')                               (4)  td_target
     φ ← φ - η Σ_i (Q_φ(s_i, a_i) - y_i) ∇Q_φ(s_i, a_i),  y_i fixed      (5)  train
     φ⁻ ← τ φ + (1 - τ) φ⁻                                               (6)  update_target
@@ -16,8 +16,8 @@
 
 P is positive definite by (7), so argmax_a Q = μ and max_a Q = V: no search in (1), no max in (4).
 The price is in (2): as a function of a, Q is one paraboloid, however many peaks the true one has.
-Returns in the hundreds make P and the errors of V fight over one network: c, reward_scale, keeps
-Q near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
+With returns in the hundreds, V's errors swamp P in the layers they share: c, reward_scale, keeps Q
+near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
 
     python naf.py --env-id Pendulum-v1
     diff dqn.py naf.py
@@ -46,7 +46,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 20_000  # env steps; the vector step under way is finished
+    total_timesteps: int = 20_000  # env steps; the round under way is finished
     num_envs: int = 8  # N: envs stepped at once
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
@@ -57,11 +57,11 @@ class Args:
     learning_rate: float = 3e-3  # η
     anneal_lr: bool = True  # η falls to 0
     gamma: float = 0.98  # discount
-    reward_scale: float = 0.03  # c; about 1 over the largest return from γ on
+    reward_scale: float = 0.03  # c; about 1 over the largest discounted return
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_steps: int = 1  # of each env between updates, by one policy
-    num_updates: int = 4  # after each num_steps
+    num_steps: int = 1  # of each env in a round, by one policy
+    num_updates: int = 4  # after them
     learning_starts: int = 1_000  # env steps before the first update, by random actions
     tau: float = 0.01  # in each update; 1 copies φ to φ⁻
     exploration_noise: float = 0.4  # σ
@@ -69,7 +69,7 @@ class Args:
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
-            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
@@ -94,7 +94,7 @@ class NAFNetwork(nn.Module):
         features = self.hidden(obs)
         mu, value = self.mu(features).tanh(), self.value(features).squeeze(-1)
         entries = self.entries(features).unflatten(-1, (mu.shape[-1], mu.shape[-1]))
-        diagonal = entries.diagonal(dim1=-2, dim2=-1).clamp(-5, 2).exp()
+        diagonal = entries.diagonal(dim1=-2, dim2=-1).clamp(-5, 2).exp()  # or P may explode
         return mu, entries.tril(-1) + diagonal.diag_embed(), value
 
 
@@ -128,7 +128,7 @@ class ReplayBuffer(nn.Module):
 
     def sample(self, batch_size: int) -> Batch:
         rows = torch.randint(2**40, (batch_size,), device=self.count.device)
-        rows = rows % self.count.clamp(max=len(self.rewards))  # so that no device is waited for
+        rows = rows % self.count.clamp(max=len(self.rewards))  # on the device: the host goes on
         return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
@@ -153,7 +153,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, sigma: float) -> Tensor:
 
 @torch.no_grad()
 def td_target(batch: Batch, target_network, gamma: float, reward_scale: float) -> Tensor:
-    """(4) (B,)."""
+    """(4) y, (B,)."""
     _, _, next_value = target_network(batch.next_obs)
     return reward_scale * batch.rewards + gamma * (1 - batch.terminations) * next_value
 
@@ -246,7 +246,7 @@ def train(args: Args) -> Tensor:
             totals *= live
         steps = global_step - before
         progress.update(steps)
-        if global_step < args.learning_starts:
+        if global_step < args.learning_starts or steps == 0:
             continue
 
         # 2. update on transitions of the buffer
@@ -265,8 +265,8 @@ def train(args: Args) -> Tensor:
         log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
         if (log or save) and not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
-        if log and episodes:
-            episodic_return, episodic_length = np.mean(episodes, axis=0)
+        if log:
+            episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)
             metrics = {
                 "global_step": global_step,
                 "charts/episodic_return": episodic_return,

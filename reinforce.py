@@ -58,7 +58,7 @@ class Args:
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
-            low, high = (0, 1) if isinstance(value, float) else (name != "seed", 2**40)
+            low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import wandb
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["reinforce", "pg_baseline", "offpolicy_pg"]
@@ -56,6 +57,16 @@ def run(script, *flags, cwd, timeout=120):
 def _own_directory(tmp_path, monkeypatch):
     """Runs write to ./runs: every test has its own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What `train` logs, as a list of dicts."""
+    rows = []
+    for name in ("init", "define_metric", "finish"):
+        monkeypatch.setattr(wandb, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(wandb, "log", rows.append)
+    return rows
 
 
 @pytest.fixture(params=MODULES, ids=SCRIPTS)

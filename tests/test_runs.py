@@ -84,6 +84,12 @@ def test_bad_input_is_one_message_and_exit_code_2(script, tmp_path, capsys, kind
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_from_python_are_checked_by_the_type_of_their_field(script):
+    assert script.Args(gamma=1).gamma == 1 and script.Args(learning_rate=0).learning_rate == 0
+    with pytest.raises(ValueError, match="--gamma"):
+        script.Args(gamma=2)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bad_input_from_a_shell(name, tmp_path):
     result = run(name, "--env-id", "envs:DictObs-v0", cwd=tmp_path)

@@ -22,7 +22,7 @@ VALUE_ORDER += ["update_target", "make_envs", "save_checkpoint", "evaluate", "tr
 # what all four share; QNetwork, select_actions and td_target are their difference
 VALUE_SHARED = {"Batch", "ReplayBuffer", "update_target", "save_checkpoint", "evaluate"}
 # longer than the 280 lines of the others: an extension or a maximizer more is a function more
-LINES = {"dqn": 343, "cem_q": 393, "naf": 293, "ddpg_continuous": 312}
+LINES = {"dqn": 343, "cem_q": 400, "naf": 293, "ddpg_continuous": 308}
 
 
 def blocks(name):

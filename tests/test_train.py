@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import wandb
 from torch.distributions import kl_divergence
 
 import offpolicy_pg
@@ -51,16 +50,6 @@ def record(monkeypatch):
         return calls
 
     return run
-
-
-@pytest.fixture
-def logged(monkeypatch):
-    """What `train` logs, as a list of dicts."""
-    rows = []
-    for name in ("init", "define_metric", "finish"):
-        monkeypatch.setattr(wandb, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(wandb, "log", rows.append)
-    return rows
 
 
 def check_common(call):

@@ -140,9 +140,52 @@ def test_equation_9_priorities_and_weights():
     torch.testing.assert_close(mean.item(), 1.75, atol=0.1, rtol=0)
 
 
-def test_equation_1_of_naf_and_cem_q_stay_in_the_box():
-    actions = naf.select_actions(naf.NAFNetwork(3, 2), torch.randn(50, 3), 5.0)
-    assert actions.shape == (50, 2) and actions.abs().max() == 1
+@pytest.mark.parametrize("module", CONTINUOUS)
+def test_equation_1_adds_noise_to_the_best_action_and_stays_in_the_box(module):
+    torch.manual_seed(0)
+    obs = torch.randn(2000, 3)
+    if module is naf:
+        network = naf.NAFNetwork(3, 2)
+        best, select = network(obs)[0], lambda sigma: naf.select_actions(network, obs, sigma)
+    elif module is cem_q:
+        network, search = cem_q.QNetwork(3, 2), lambda q, size: cem_q.argmax_grid(q, size, 2, 5)
+        best = cem_q.argmax_action(network, obs, search)
+        select = lambda sigma: cem_q.select_actions(network, obs, search, sigma)  # noqa: E731
+    else:
+        actor, unit = ddpg_continuous.Actor(3, 2), torch.randn(2000, 2)
+        best = actor(obs)
+        select = lambda sigma: ddpg_continuous.select_actions(actor, obs, sigma * unit)  # noqa: E731
+    torch.testing.assert_close(select(0.0), best)
+    noise = (select(0.01) - best)[best.abs() < 0.9]
+    assert len(noise) == 0 or noise.std().item() == pytest.approx(0.01, rel=0.1)
+    assert select(5.0).abs().max() == 1 and select(5.0).shape == (2000, 2)
+
+
+def test_equation_2_argmax_action_pairs_each_observation_with_its_own_action():
+    """Q = -(a - s)²: the best action is the state."""
+    obs = torch.linspace(-0.8, 0.8, 5)[:, None]
+    q_network = lambda obs, actions: -(obs - actions).square().sum(dim=-1)  # noqa: E731
+    search = lambda q_function, size: cem_q.argmax_grid(q_function, size, 1, 11)  # noqa: E731
+    torch.testing.assert_close(cem_q.argmax_action(q_network, obs, search), obs, atol=0.11, rtol=0)
+
+
+def test_equation_4_of_cem_q():
+    network, batch = cem_q.QNetwork(3, 2), continuous_batch()
+    next_actions = torch.rand(4, 2)
+    q = network(batch.next_obs, next_actions).detach()
+    expected = torch.tensor([0 + 0.9 * q[0], 1.0, 2 + 0.9 * q[2], 3.0])
+    torch.testing.assert_close(cem_q.td_target(batch, next_actions, network, 0.9), expected)
+
+
+def test_cem_q_searches_and_values_with_the_target_network(spy):
+    searches, targets = spy(cem_q, "argmax_action"), spy(cem_q, "td_target")
+    cem_q.train(cem_q.Args(**TINY))
+    by_obs = {id(args[1]): (args[0], found) for args, found in searches}
+    online = {id(args[0]) for args, _ in searches} - {id(targets[0][0][2])}
+    assert len(online) == 1
+    for (batch, next_actions, target_network, _), _ in targets:
+        network, found = by_obs[id(batch.next_obs)]
+        assert network is target_network and found is next_actions
 
 
 def test_naf_max_is_the_value_and_its_gradient_is_0_at_mu():
@@ -155,7 +198,8 @@ def test_naf_max_is_the_value_and_its_gradient_is_0_at_mu():
     P = L @ L.mT
     assert (torch.linalg.eigvalsh(P) > 0).all() and P[:, 0, 1].abs().min() > 1e-3
     assert L[:, 0, 1].eq(0).all() and mu.abs().max() < 1
-    (gradient,) = torch.autograd.grad(naf.naf_q(mu, L, value, mu).sum(), network.mu.weight)
+    actions = mu.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(naf.naf_q(mu, L, value, actions).sum(), actions)
     assert gradient.abs().max() < 1e-5
     others = 2 * torch.rand(6, 2) - 1
     d = others - mu
@@ -168,6 +212,19 @@ def test_naf_max_is_the_value_and_its_gradient_is_0_at_mu():
 def continuous_batch():
     return naf.Batch(torch.randn(4, 3), torch.rand(4, 2), torch.arange(4.0), torch.randn(4, 3),
                      torch.tensor([0.0, 1.0, 0.0, 1.0]))  # fmt: skip
+
+
+def test_naf_keeps_mu_in_the_box_and_the_diagonal_positive_whatever_the_weights():
+    torch.manual_seed(0)
+    network = naf.NAFNetwork(3, 2)
+    with torch.no_grad():
+        network.entries.weight.mul_(100)
+        network.mu.weight.mul_(100)
+    mu, L, _ = network(torch.randn(500, 3))
+    diagonal = L.diagonal(dim1=-2, dim2=-1)
+    assert mu.abs().max() <= 1 and mu.abs().max() > 0.99
+    torch.testing.assert_close(diagonal.min().item(), math.exp(-5))
+    torch.testing.assert_close(diagonal.max().item(), math.exp(2))
 
 
 def test_naf_target_scales_rewards_alone():
@@ -232,7 +289,7 @@ def test_maximizers_find_a_quadratics_top_or_the_nearest_corner(name, action_dim
                                atol=0.02, rtol=0)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["grid", "cem", "cmaes"])
+@pytest.mark.parametrize("name", SEARCHES)
 def test_maximizers_prefer_the_higher_of_two_peaks(name):
     torch.manual_seed(0)
     search, settings, _ = SEARCHES[name]
@@ -244,6 +301,185 @@ def test_maximizers_prefer_the_higher_of_two_peaks(name):
 
     found = search(q_function, 200, 1, **settings)
     assert (found - 0.5).abs().lt(0.1).float().mean() > 0.7
+
+
+def test_equation_7_is_the_best_of_all_points():
+    torch.manual_seed(0)
+    network, obs = cem_q.QNetwork(3, 2), torch.randn(6, 3)
+
+    def q_function(actions):
+        return network(obs[:, None].expand(-1, actions.shape[1], -1), actions)
+
+    found = cem_q.argmax_grid(q_function, 6, 2, bins=4)
+    axis = [-1, -1 / 3, 1 / 3, 1]
+    points = torch.tensor([[x, y] for x in axis for y in axis])
+    for o, action in zip(obs, found):
+        values = network(o.expand(16, -1), points)
+        torch.testing.assert_close(action, points[values.argmax()])
+
+
+def test_equation_8_takes_steps_of_one_length_along_the_gradient():
+    """From any start two steps of 0.5 and 0.25, however steep the slope."""
+    slopes = torch.tensor([[3.0, 4.0], [-0.03, 0.04], [0.0, -500.0]])
+    starts = []
+
+    def q_function(actions):
+        starts.append(actions.detach().clone())
+        return (actions * slopes[:, None]).sum(dim=-1)
+
+    torch.manual_seed(0)
+    cem_q.argmax_gradient(q_function, 3, 2, num_samples=4, iterations=2)
+    directions = torch.tensor([[0.6, 0.8], [-0.6, 0.8], [0.0, -1.0]])[:, None]
+    torch.testing.assert_close(starts[1], (starts[0] + 0.5 * directions).clamp(-1, 1))
+    torch.testing.assert_close(starts[2], (starts[1] + 0.25 * directions).clamp(-1, 1))
+
+
+def test_equation_9_learns_mean_and_deviation_from_the_elites():
+    drawn = []
+
+    def q_function(actions):
+        drawn.append(actions)
+        return -(actions - torch.tensor([0.5, 0.0])).square() @ torch.tensor([1.0, 100.0])
+
+    torch.manual_seed(0)
+    cem_q.argmax_cem(q_function, 3, 2, num_samples=5000, num_elites=50, iterations=2, min_std=0.01)
+    for first, second in zip(*drawn):
+        elites = first[q_function(first[None])[0].topk(50).indices]
+        torch.testing.assert_close(second.mean(dim=0), elites.mean(dim=0), atol=0.02, rtol=0)
+        torch.testing.assert_close(second.std(dim=0), elites.std(dim=0), atol=0.02, rtol=0)
+    floor = []
+    search = lambda min_std: cem_q.argmax_cem(  # noqa: E731
+        lambda a: floor.append(a) or -a.square().sum(-1), 1, 1, 5000, 2, 3, min_std
+    )
+    search(0.3)
+    assert floor[-1].std().item() == pytest.approx(0.3, rel=0.05)
+
+
+def hansen(f, d, num_samples, iterations, sigma=0.5):
+    """Hansen (2016), appendix A, one vector at a time, without h_σ and negative weights."""
+    mu = num_samples // 2
+    w = [math.log((num_samples + 1) / 2) - math.log(i + 1) for i in range(mu)]
+    w = [x / sum(w) for x in w]
+    mu_eff = 1 / sum(x * x for x in w)
+    c_sigma, c_c = (mu_eff + 2) / (d + mu_eff + 5), (4 + mu_eff / d) / (d + 4 + 2 * mu_eff / d)
+    c_1 = 2 / ((d + 1.3) ** 2 + mu_eff)
+    c_mu = min(1 - c_1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((d + 2) ** 2 + mu_eff))
+    d_sigma = 1 + 2 * max(0, math.sqrt((mu_eff - 1) / (d + 1)) - 1) + c_sigma
+    chi = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d * d))
+    m, p_sigma, p_c, C = torch.zeros(d), torch.zeros(d), torch.zeros(d), torch.eye(d)
+    for _ in range(iterations):
+        variances, axes = torch.linalg.eigh(C)
+        z = torch.randn(1, num_samples, d)[0]
+        x = [(m + sigma * axes @ (variances.sqrt() * zk)).clamp(-1, 1) for zk in z]
+        x.sort(key=lambda a: -f(a).item())
+        y = [(a - m) / sigma for a in x[:mu]]
+        y_w = sum(a * b for a, b in zip(w, y))
+        m = m + sigma * y_w
+        white = axes @ torch.diag(1 / variances.sqrt()) @ axes.T @ y_w
+        p_sigma = (1 - c_sigma) * p_sigma + math.sqrt(c_sigma * (2 - c_sigma) * mu_eff) * white
+        p_c = (1 - c_c) * p_c + math.sqrt(c_c * (2 - c_c) * mu_eff) * y_w
+        rank_mu = sum(a * torch.outer(b, b) for a, b in zip(w, y))
+        C = (1 - c_1 - c_mu) * C + c_1 * torch.outer(p_c, p_c) + c_mu * rank_mu
+        sigma = sigma * math.exp(c_sigma / d_sigma * (p_sigma.norm().item() / chi - 1))
+    return m
+
+
+@pytest.mark.parametrize("num_samples", [12, 9])
+def test_equation_10_is_hansens_on_a_rotated_ellipsoid(num_samples):
+    torch.manual_seed(9)
+    Q, _ = torch.linalg.qr(torch.randn(3, 3))
+    H, top = Q @ torch.diag(torch.tensor([1.0, 10.0, 100.0])) @ Q.T, torch.tensor([0.3, -0.2, 0.1])
+
+    def f(a):
+        return -((a - top) @ H * (a - top)).sum(dim=-1)
+
+    torch.manual_seed(1)
+    (ours,) = cem_q.argmax_cmaes(f, 1, 3, num_samples, iterations=6, min_std=1e-6)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, hansen(f, 3, num_samples, 6), atol=1e-4, rtol=0)
+
+
+def test_evaluate_counts_the_first_episode_of_each_env(value_script):
+    """Σ_t 100 t + action, whatever comes after the end."""
+    lengths = []
+
+    def policy(obs):
+        lengths.append(obs[:, 0])
+        return torch.zeros(len(obs), dtype=torch.int64) if value_script is dqn else obs * 0
+
+    env_id, action = ("Counting-v0", 1) if value_script is dqn else ("CountingBox-v0", 6)
+    returns = value_script.evaluate(policy, env_id, 9, torch.device("cpu"))
+    expected = lengths[0] * (50 * (lengths[0] - 1) + action)
+    torch.testing.assert_close(returns, expected.double())
+    assert len(lengths[0].unique()) > 2
+
+
+def test_train_acts_and_is_scored_with_the_online_network(value_script, spy, monkeypatch):
+    acts, scored = spy(value_script, "select_actions"), []
+    evaluate = value_script.evaluate
+    monkeypatch.setattr(
+        value_script, "evaluate", lambda policy, *x: scored.append(policy) or evaluate(policy, *x)
+    )
+    args = {**TINY, "tau": 1.0} | ({"target_network_frequency": 300} if value_script is dqn else {})
+    value_script.train(value_script.Args(**args))
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    saved = torch.load(path, weights_only=True)
+    saved = saved["actor" if value_script is ddpg_continuous else "q_network"]
+    for key, value in acts[50][0][0].state_dict().items():
+        assert torch.equal(value, saved[key])
+    state, network = torch.randn(5, 4 if value_script is dqn else 3), acts[50][0][0]
+    with torch.no_grad():
+        torch.manual_seed(1)
+        ours = scored[0](state)
+        torch.manual_seed(1)
+        expected = {
+            dqn: lambda: network(state).argmax(dim=-1),
+            naf: lambda: network(state)[0],
+            ddpg_continuous: lambda: network(state),
+            cem_q: lambda: cem_q.argmax_cem(
+                lambda a: network(state[:, None].expand(-1, a.shape[1], -1), a), 5, 1
+            ),
+        }[value_script]()
+    torch.testing.assert_close(ours, expected)
+
+
+def test_train_of_ddpg_starts_each_episode_with_new_noise(spy):
+    steps = spy(ddpg_continuous, "ou_noise")
+    args = {**TINY, "env_id": "CountingBox-v0", "ou_theta": 0.2, "exploration_noise": 0.3}
+    ddpg_continuous.train(ddpg_continuous.Args(**args))
+    assert all(args[1:] == (0.2, 0.3) for args, _ in steps)
+    kept = reset = 0
+    for (_, before), ((noise, *_), _) in zip(steps, steps[1:]):
+        rows = (noise == before).all(dim=1)
+        assert noise[~rows].eq(0).all()
+        kept, reset = kept + int(rows.sum()), reset + int((~rows).sum())
+    assert kept > reset > 50
+
+
+def test_metrics_that_are_logged(value_script, logged):
+    returns = value_script.train(value_script.Args(**{**TINY, "total_timesteps": 2100}))
+    own = {dqn: {"charts/epsilon"}, cem_q: {"time/maximizing"}}.get(value_script, set())
+    own |= {"losses/actor_loss"} if value_script is ddpg_continuous else set()
+    common = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "global_step"}
+    for row in logged[:-1]:
+        assert row.keys() == common | own | {"losses/td_loss", "losses/q_values"}
+    steps = [row["global_step"] for row in logged[:-1]]
+    assert [step // 500 for step in steps] == [1, 2, 3, 4, 4] and steps[-1] >= 2100
+    expected = {"eval/episodic_return": pytest.approx(returns.mean().item())}
+    assert logged[-1] == expected | {"global_step": steps[-1]}
+
+
+def test_the_logged_return_is_that_of_whole_episodes(value_script, logged, monkeypatch):
+    """In an episode of length n the rewards add up to 50 n (n - 1), and the actions."""
+    env_id = "Counting-v0" if value_script is dqn else "CountingBox-v0"
+    buffer, _ = spy_on_the_buffer(value_script, monkeypatch, env_id)
+    ended = buffer.terminations[: int(buffer.count)] > 0
+    lengths = buffer.obs[: len(ended), 0][ended][-20:]
+    row = logged[-2]
+    assert row["charts/episodic_length"] == pytest.approx(lengths.mean().item())
+    actions = row["charts/episodic_return"] - (50 * lengths * (lengths - 1)).mean().item()
+    low, high = (1, 2) if value_script is dqn else (-1, 13)
+    assert low <= actions / lengths.mean().item() <= high
 
 
 def spy_on_the_buffer(module, monkeypatch, env_id, **settings):
@@ -371,7 +607,9 @@ def test_bad_input_is_one_message_and_exit_code_2(value_script, capsys, tmp_path
     }
     if value_script is cem_q:
         bad["--maximizer", "grid", "--bins", "10001"] = "10000"
+        bad["--maximizer", "grid", "--bins", "1"] = "--bins 1"
         bad["--num-elites", "99"] = "--num-samples"
+        bad["--maximizer", "cmaes", "--num-samples", "1"] = "--num-samples"
     for flags, text in bad.items():
         with pytest.raises(SystemExit) as stop:
             tyro.cli(value_script.Args, args=list(flags))
