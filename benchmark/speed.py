@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 from torch import nn
+from tqdm import tqdm
 
 import ddpg_continuous
 import dqn
@@ -45,19 +46,19 @@ class Critic(ddpg_continuous.QNetwork):
 
 
 def steps_per_second(module, **settings):
-    """Of a whole run but for the evaluation, its log and its warm-up included."""
-    ends = []
-    module.evaluate = lambda *_: ends.append(time.perf_counter()) or torch.zeros(1)
-    start = time.perf_counter()
+    """From the first step to the last, the log included and, as in CleanRL, the start-up not."""
+    times = []
+    module.tqdm = lambda **options: times.append(time.perf_counter()) or tqdm(**options)
+    module.evaluate = lambda *_: times.append(time.perf_counter()) or torch.zeros(1)
     module.train(module.Args(**settings))
-    return settings["total_timesteps"] / (ends[0] - start)
+    return settings["total_timesteps"] / (times[1] - times[0])
 
 
 def main(args):
     dqn.QNetwork, ddpg_continuous.Actor, ddpg_continuous.QNetwork = QNetwork, Actor, Critic
     for _ in range(args.repeats):  # one update every 10 env steps; one every step
         settings = {"buffer_size": 10_000, "learning_starts": 10_000, "batch_size": 128}
-        settings |= {"total_timesteps": 60_000, "num_envs": 20, "num_updates": 2}
+        settings |= {"total_timesteps": 60_000, "num_envs": 60, "num_updates": 6}
         print(f"dqn.py: {steps_per_second(dqn, **settings):,.0f} steps/s")
         settings = {"learning_starts": 100, "batch_size": 256, "total_timesteps": 4_000}
         settings |= {"num_envs": 8, "num_updates": 8}
