@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.19", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
 # ///
 """Q-learning with normalized advantage functions, NAF (Gu et al., 2016). Lecture: Option 3.
 
@@ -23,11 +23,15 @@ near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the b
     diff dqn.py naf.py
 """
 
+import io
+import signal
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,8 +42,11 @@ import tyro
 import wandb
 from gymnasium.spaces import Box, flatdim
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers.vector import RecordVideo
 from torch import Tensor, cuda, nn
 from tqdm import tqdm
+
+signals: list[int] = []  # from the shell; the run ends with its round, and a second one at once
 
 
 @dataclass
@@ -51,7 +58,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
+    capture_video: bool = False  # of a greedy episode, at the end
     checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
+    resume: str = ""  # checkpoint.pt of a run to go on with; what is not given stays as it was
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     learning_rate: float = 3e-3  # η
@@ -68,17 +77,23 @@ class Args:
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
+        saved = load_checkpoint(self.resume)["args"] if self.resume else {}
+        free = {"total_timesteps", "device", "num_threads", "eval_episodes", "capture_video"}
+        free |= {"checkpoint_frequency", "resume", "wandb_mode", "wandb_project"}
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
+            flag = f"--{name.replace('_', '-')}"
             low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
+                raise ValueError(f"{flag} must be in [{low:d}, {high}]")
+            if name not in free and value != saved.get(name, value):
+                raise ValueError(f"{flag} must be {saved[name]}, as in {self.resume}")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
         if self.batch_size > self.buffer_size:
             raise ValueError("--batch-size must be at most --buffer-size")
         if self.learning_starts >= self.total_timesteps:
             raise ValueError("--learning-starts must be less than --total-timesteps")
-        make_envs(self.env_id, 1).close()
+        make_envs(self.env_id, 1, film=self.capture_video).close()
 
 
 class NAFNetwork(nn.Module):
@@ -165,11 +180,14 @@ def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -
         target.lerp_(parameter, tau)
 
 
-def make_envs(env_id: str, num_envs: int) -> VectorEnv:
+def make_envs(env_id: str, num_envs: int, film: bool = False) -> VectorEnv:
     """Vector env; ValueError if there is none of that id or its spaces are not supported."""
+    settings = {"render_mode": "rgb_array"} if film else {}
     try:
-        envs = gym.make_vec(env_id, num_envs=num_envs)
-    except (gym.error.Error, ImportError) as error:
+        envs = gym.make_vec(env_id, num_envs=num_envs, **settings)
+        if film:  # what that lacks is found before the run, not after
+            envs.reset(), envs.render(), __import__("moviepy")
+    except Exception as error:
         raise ValueError(f"--env-id {env_id}: {error}") from error
     obs, actions = envs.single_observation_space, envs.single_action_space
     if not (isinstance(obs, Box) and len(obs.shape) == 1):
@@ -182,17 +200,48 @@ def make_envs(env_id: str, num_envs: int) -> VectorEnv:
 def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
     """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
     state = {name: module.state_dict() for name, module in modules.items()}
-    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
-    torch.save(state, run_dir / "checkpoint.tmp")
+    state |= {"args": vars(args) | {"resume": ""}}
+    state |= {"global_step": global_step, "rng": torch.get_rng_state()}
+    data = io.BytesIO()
+    torch.save(state, data)
+    (run_dir / "checkpoint.tmp").write_bytes(data.getbuffer())
     (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
 
 
+def load_checkpoint(path: str) -> dict:
+    """What save_checkpoint saved; ValueError if it was not that of this script."""
+    with suppress(Exception):  # which would tell of pickle
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["args"].keys() == Args.__dataclass_fields__.keys():
+            return state
+    raise ValueError(f"--resume {path}: not a checkpoint of {Path(__file__).name}")
+
+
+def start_run(args: Args, modules: dict) -> tuple[Path, int]:
+    """A run's directory and the steps it has done: 0, or those of --resume, restored to modules."""
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
+    run_dir, global_step = Path("runs", name.replace("/", "-").replace(":", "-")), 0
+    if args.resume:
+        run_dir, state = Path(args.resume).parent, load_checkpoint(args.resume)
+        global_step = state["global_step"]
+        torch.set_rng_state(state["rng"])
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
+    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    wandb.setup(wandb.Settings(**log))  # with init alone, offline would look up a host
+    wandb.init(dir=run_dir.resolve(), config=vars(args), settings=wandb.Settings(**log))
+    wandb.define_metric("*", step_metric="global_step")
+    return run_dir, global_step
+
+
 @torch.no_grad()
-def evaluate(policy: Callable, env_id: str, episodes: int, device: torch.device) -> Tensor:
-    """Return of an episode of policy(obs) in each of `episodes` envs, (episodes,); fixed seed."""
-    envs, returns = make_envs(env_id, episodes), torch.zeros(episodes, dtype=torch.float64)
+def evaluate(policy: Callable, envs: VectorEnv, device: torch.device) -> Tensor:
+    """Return of an episode of policy(obs) in each of envs, which are closed, (N,); fixed seed."""
+    returns = torch.zeros(envs.num_envs, dtype=torch.float64)
     next_obs, _ = envs.reset(seed=1)
-    live = np.ones(episodes, dtype=bool)
+    live = np.ones(envs.num_envs, dtype=bool)
     while live.any():
         actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
         actions = env_actions(actions, envs.single_action_space)
@@ -216,18 +265,13 @@ def train(args: Args) -> Tensor:
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
     modules = {"q_network": q_network, "target_network": target_network}
     modules |= {"optimizer": optimizer, "buffer": buffer}
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
-    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
-    run_dir.mkdir(parents=True)
-    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
-    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
-    wandb.define_metric("*", step_metric="global_step")
-    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
+    run_dir, global_step = start_run(args, modules)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
     totals = np.zeros((2, args.num_envs))  # return and length of the episodes under way
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not signals:
         # 1. act, and keep (s, a, r, s')
         before = global_step
         for _ in range(args.num_steps):
@@ -263,8 +307,8 @@ def train(args: Args) -> Tensor:
 
         last = global_step >= args.total_timesteps
         log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
-        if (log or save) and not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        if not all(x.isfinite().all() for x in q_network.parameters()):
+            raise FloatingPointError(f"Q is not finite at step {global_step}; see {run_dir}")
         if log:
             episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)
             metrics = {
@@ -281,13 +325,36 @@ def train(args: Args) -> Tensor:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()
-    returns = evaluate(lambda obs: q_network(obs)[0], args.env_id, args.eval_episodes, device)
+    if signals:
+        save_checkpoint(run_dir, args, global_step, modules)
+        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}/checkpoint.pt")
+        raise SystemExit(128 + signals[0])
+    greedy = partial(select_actions, q_network, sigma=0.0)
+    returns = evaluate(greedy, make_envs(args.env_id, args.eval_episodes), device)
     wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
+    if args.capture_video:
+        envs = RecordVideo(make_envs(args.env_id, 1, film=True), f"{run_dir}/videos")
+        evaluate(greedy, envs, device)
+        video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
+        wandb.log({"eval/video": video, "global_step": global_step})
     wandb.finish()
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
     return returns
 
 
+def saved_args(resume: str = "") -> Args:
+    """Those of a checkpoint; if there is none, the defaults."""
+    with suppress(ValueError):  # Args will raise it again
+        return Args(**load_checkpoint(resume)["args"])
+    return Args()
+
+
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
+    default, _ = tyro.cli(saved_args, return_unknown_args=True, add_help=False)
+    try:
+        train(tyro.cli(Args, description=__doc__, default=default))
+    except (FloatingPointError, OSError) as error:
+        raise SystemExit(str(error)) from None

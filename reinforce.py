@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.19", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
 # ///
 """REINFORCE, the Monte-Carlo policy gradient (Williams, 1992). Lecture: Policy gradient theorem.
 
@@ -21,6 +21,9 @@ batch. Its α decreases, because without a baseline the gradient stays noisy to 
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
 """
 
+import io
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,9 +36,12 @@ import tyro
 import wandb
 from gymnasium.spaces import Box, Discrete, flatdim
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers.vector import RecordVideo
 from torch import Tensor, cuda, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
+
+signals: list[int] = []  # from the shell; the run ends with its round, and a second one at once
 
 
 @dataclass
@@ -47,7 +53,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
     num_threads: int = 1  # of the CPU; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
+    capture_video: bool = False  # of a greedy episode, at the end
     checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
+    resume: str = ""  # checkpoint.pt of a run to go on with; what is not given stays as it was
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ: (3) or (4)
@@ -57,13 +65,19 @@ class Args:
 
     def __post_init__(self) -> None:
         """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
+        saved = load_checkpoint(self.resume)["args"] if self.resume else {}
+        free = {"total_timesteps", "device", "num_threads", "eval_episodes", "capture_video"}
+        free |= {"checkpoint_frequency", "resume", "wandb_mode", "wandb_project"}
         for name, value in vars(self).items():  # an int is a count from 1, a float a rate
+            flag = f"--{name.replace('_', '-')}"
             low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
             if type(value) in (int, float) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must be in [{low:d}, {high}]")
+                raise ValueError(f"{flag} must be in [{low:d}, {high}]")
+            if name not in free and value != saved.get(name, value):
+                raise ValueError(f"{flag} must be {saved[name]}, as in {self.resume}")
         if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
-        make_envs(self.env_id, 1).close()
+        make_envs(self.env_id, 1, film=self.capture_video).close()
 
 
 class Policy(nn.Module):
@@ -133,11 +147,14 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
-def make_envs(env_id: str, num_envs: int) -> VectorEnv:
+def make_envs(env_id: str, num_envs: int, film: bool = False) -> VectorEnv:
     """Vector env; ValueError if there is none of that id or its spaces are not supported."""
+    settings = {"render_mode": "rgb_array"} if film else {}
     try:
-        envs = gym.make_vec(env_id, num_envs=num_envs)
-    except (gym.error.Error, ImportError) as error:
+        envs = gym.make_vec(env_id, num_envs=num_envs, **settings)
+        if film:  # what that lacks is found before the run, not after
+            envs.reset(), envs.render(), __import__("moviepy")
+    except Exception as error:
         raise ValueError(f"--env-id {env_id}: {error}") from error
     obs, actions = envs.single_observation_space, envs.single_action_space
     if not (isinstance(obs, Box) and len(obs.shape) == 1):
@@ -151,14 +168,44 @@ def make_envs(env_id: str, num_envs: int) -> VectorEnv:
 def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
     """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
     state = {name: module.state_dict() for name, module in modules.items()}
-    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
-    torch.save(state, run_dir / "checkpoint.tmp")
+    state |= {"args": vars(args) | {"resume": ""}}
+    state |= {"global_step": global_step, "rng": torch.get_rng_state()}
+    data = io.BytesIO()
+    torch.save(state, data)
+    (run_dir / "checkpoint.tmp").write_bytes(data.getbuffer())
     (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
 
 
-def evaluate(policy: Policy, env_id: str, episodes: int) -> Tensor:
-    """Return of a greedy episode in each of `episodes` envs, (episodes,); the seed is fixed."""
-    envs = make_envs(env_id, episodes)
+def load_checkpoint(path: str) -> dict:
+    """What save_checkpoint saved; ValueError if it was not that of this script."""
+    with suppress(Exception):  # which would tell of pickle
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["args"].keys() == Args.__dataclass_fields__.keys():
+            return state
+    raise ValueError(f"--resume {path}: not a checkpoint of {Path(__file__).name}")
+
+
+def start_run(args: Args, modules: dict) -> tuple[Path, int]:
+    """A run's directory and the steps it has done: 0, or those of --resume, restored to modules."""
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
+    run_dir, global_step = Path("runs", name.replace("/", "-").replace(":", "-")), 0
+    if args.resume:
+        run_dir, state = Path(args.resume).parent, load_checkpoint(args.resume)
+        global_step = state["global_step"]
+        torch.set_rng_state(state["rng"])
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
+    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    wandb.setup(wandb.Settings(**log))  # with init alone, offline would look up a host
+    wandb.init(dir=run_dir.resolve(), config=vars(args), settings=wandb.Settings(**log))
+    wandb.define_metric("*", step_metric="global_step")
+    return run_dir, global_step
+
+
+def evaluate(policy: Policy, envs: VectorEnv) -> Tensor:
+    """Return of a greedy episode in each of envs, which are closed, (N,); the seed is fixed."""
     returns = rollout(envs, policy, seed=1, greedy=True).rewards.sum(dim=1).cpu()
     envs.close()
     return returns
@@ -174,15 +221,10 @@ def train(args: Args) -> Tensor:
     policy = Policy(obs_dim, action_dim, isinstance(envs.single_action_space, Discrete)).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, (0.9, 0.99), fused=True)
     modules = {"policy": policy, "optimizer": optimizer}
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
-    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
-    run_dir.mkdir(parents=True)
-    quiet = wandb.Settings(mode=args.wandb_mode, silent=args.wandb_mode != "online", run_name=name)
-    wandb.init(project=args.wandb_project, dir=run_dir.resolve(), config=vars(args), settings=quiet)
-    wandb.define_metric("*", step_metric="global_step")
-    progress, global_step = tqdm(total=args.total_timesteps, unit=" steps"), 0
+    run_dir, global_step = start_run(args, modules)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
 
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not signals:
         # 1. sample {τ_i} from π_φ
         obs, actions, rewards, mask = rollout(envs, policy)  # (1)
 
@@ -205,8 +247,8 @@ def train(args: Args) -> Tensor:
             "charts/SPS": progress.format_dict["rate"] or 0.0,
             "losses/policy_loss": loss.item(),
         }
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} at step {global_step}; see {run_dir}")
+        if not all(x.isfinite().all() for x in policy.parameters()):
+            raise FloatingPointError(f"π is not finite at step {global_step}; see {run_dir}")
         wandb.log(metrics | {"global_step": global_step})
         progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
         progress.update(steps)
@@ -214,13 +256,35 @@ def train(args: Args) -> Tensor:
             save_checkpoint(run_dir, args, global_step, modules)
 
     progress.close()
-    returns = evaluate(policy, args.env_id, args.eval_episodes)
+    if signals:
+        save_checkpoint(run_dir, args, global_step, modules)
+        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}/checkpoint.pt")
+        raise SystemExit(128 + signals[0])
+    returns = evaluate(policy, make_envs(args.env_id, args.eval_episodes))
     wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
+    if args.capture_video:
+        envs = RecordVideo(make_envs(args.env_id, 1, film=True), f"{run_dir}/videos")
+        evaluate(policy, envs)
+        video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
+        wandb.log({"eval/video": video, "global_step": global_step})
     wandb.finish()
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
     return returns
 
 
+def saved_args(resume: str = "") -> Args:
+    """Those of a checkpoint; if there is none, the defaults."""
+    with suppress(ValueError):  # Args will raise it again
+        return Args(**load_checkpoint(resume)["args"])
+    return Args()
+
+
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
+    default, _ = tyro.cli(saved_args, return_unknown_args=True, add_help=False)
+    try:
+        train(tyro.cli(Args, description=__doc__, default=default))
+    except (FloatingPointError, OSError) as error:
+        raise SystemExit(str(error)) from None

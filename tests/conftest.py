@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 
 # the flags about the machine or the log, which leave what is learned as it is
 INERT = {"device", "num_threads", "eval_episodes", "checkpoint_frequency"}
-INERT |= {"wandb_mode", "wandb_project"}
+INERT |= {"wandb_mode", "wandb_project", "capture_video"}
 
 torch.set_num_threads(1)
 
@@ -27,6 +28,8 @@ def options(module, tiny):
     """(flag, value) for each choice of each flag; for a number, one that is not its default."""
     hints = get_type_hints(module.Args)
     for field in fields(module.Args):
+        if field.name == "resume":  # see test_runs.py
+            continue
         assert field.default is not MISSING, f"{field.name} needs a default"
         kind, default = hints[field.name], field.default
         if get_origin(kind) is Literal:
@@ -44,13 +47,30 @@ def options(module, tiny):
         yield from ((field.name, value) for value in sorted(values))
 
 
-def run(script, *flags, cwd, timeout=120):
+def start(script, *flags, cwd, **settings):
     """The script as a user starts it, from `cwd`."""
     command = [sys.executable, ROOT / f"{script}.py", *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True
-    )
+    settings |= {"env": {**os.environ, "PYTHONPATH": str(ROOT / "tests")}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, **pipes, **settings)
+
+
+def run(script, *flags, cwd, timeout=120, **settings):
+    """The script from its start to its end."""
+    process = start(script, *flags, cwd=cwd, **settings)
+    stdout, stderr = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def records(directory):
+    """What a log of W&B holds, as dicts."""
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", directory]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="of each script, by test_runs.py")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +83,7 @@ def _own_directory(tmp_path, monkeypatch):
 def logged(monkeypatch):
     """What `train` logs, as a list of dicts."""
     rows = []
-    for name in ("init", "define_metric", "finish"):
+    for name in ("setup", "init", "define_metric", "finish"):
         monkeypatch.setattr(wandb, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(wandb, "log", rows.append)
     return rows

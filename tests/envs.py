@@ -28,6 +28,23 @@ class Counting(gym.Env):
         return obs, reward, done and not self.truncates, done and self.truncates, {}
 
 
+class Edge(gym.Env):
+    """One observed number, in float64, and integer rewards; ends at the first step or never."""
+
+    observation_space = Box(-1, 1, (1,), np.float64)
+
+    def __init__(self, action_space, ends):
+        self.action_space, self.ends = action_space, ends
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 1), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        return self.np_random.uniform(-1, 1, 1), 1, self.ends, False, {}
+
+
 class Spaces(gym.Env):
     """An env of any spaces, for what the scripts must refuse."""
 
@@ -54,6 +71,15 @@ gym.register(
         "truncates": True,
     },
 )
+ACTIONS = {
+    "": Discrete(3, start=-1),
+    "Box": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4")),
+}
+for kind, actions in ACTIONS.items():
+    gym.register(f"OneStep{kind}-v0", Edge, kwargs={"action_space": actions, "ends": True})
+    endless = {"action_space": actions, "ends": False}
+    gym.register(f"Endless{kind}-v0", Edge, max_episode_steps=30, kwargs=endless)
+gym.register("Forever-v0", Edge, kwargs={"action_space": Discrete(2), "ends": False})
 REFUSED = {
     "DictObs-v0": (Dict(a=box(2)), Discrete(2)),
     "DiscreteObs-v0": (Discrete(4), Discrete(2)),

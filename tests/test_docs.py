@@ -25,6 +25,7 @@ COMMANDS = sorted(set(commands()))
 @pytest.mark.parametrize(("name", "flags"), COMMANDS)
 def test_every_command_parses(name, flags):
     flags = flags.replace("package.module:MyEnv-v0", "envs:Counting-v0").replace("$seed", "1")
+    flags = flags.replace("--resume RUN/checkpoint.pt", "")  # resumed in test_runs.py
     if flags != "--help":
         tyro.cli(BY_NAME[name].Args, args=shlex.split(flags))
 
