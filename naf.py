@@ -188,7 +188,7 @@ def make_envs(env_id: str, num_envs: int, film: bool = False) -> VectorEnv:
         if film:  # what that lacks is found before the run, not after
             envs.reset(), envs.render(), __import__("moviepy")
     except Exception as error:
-        raise ValueError(f"--env-id {env_id}: {error}") from error
+        raise ValueError(f"--env-id {env_id}{' --capture-video' * film}: {error}") from error
     obs, actions = envs.single_observation_space, envs.single_action_space
     if not (isinstance(obs, Box) and len(obs.shape) == 1):
         raise ValueError(f"--env-id {env_id}: {obs} is not a 1-D Box; use FlattenObservation")
@@ -224,6 +224,7 @@ def start_run(args: Args, modules: dict) -> tuple[Path, int]:
     if args.resume:
         run_dir, state = Path(args.resume).parent, load_checkpoint(args.resume)
         global_step = state["global_step"]
+        torch.manual_seed(args.seed + global_step)  # of a GPU, whose state is not saved
         torch.set_rng_state(state["rng"])
         for key, module in modules.items():
             module.load_state_dict(state[key])
@@ -345,9 +346,10 @@ def train(args: Args) -> Tensor:
 
 def saved_args(resume: str = "") -> Args:
     """Those of a checkpoint; if there is none, the defaults."""
-    with suppress(ValueError):  # Args will raise it again
-        return Args(**load_checkpoint(resume)["args"])
-    return Args()
+    args = Args()
+    with suppress(ValueError):  # Args will raise it
+        vars(args).update(load_checkpoint(resume)["args"])
+    return args
 
 
 if __name__ == "__main__":

@@ -178,6 +178,9 @@ def test_what_is_not_given_stays_as_it_was_and_what_may_change_does(module, caps
     assert (args.total_timesteps, args.eval_episodes, args.resume) == (900, 100, str(path))
     assert parse(module, f"--resume={path}", "--wandb-mode", "offline").wandb_mode == "offline"
     assert parse(module, "--resume", path, "--gamma", 0.5).gamma == 0.5
+    elsewhere, state = path.with_name("elsewhere.pt"), torch.load(path, weights_only=True)
+    torch.save(state | {"args": state["args"] | {"device": "mps"}}, elsewhere)
+    assert parse(module, "--resume", elsewhere, "--device", "cpu").gamma == 0.5
     for field in fields(module.Args):
         value = getattr(args, field.name)
         if field.name in FREE or isinstance(value, str):
@@ -300,7 +303,7 @@ def test_a_video_of_the_greedy_policy_is_kept_and_logged(module):
 
 def test_a_video_without_moviepy_is_refused(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    assert "moviepy" in refused(module, capsys, "--capture-video")
+    assert "--capture-video: import of moviepy" in refused(module, capsys, "--capture-video")
 
 
 # Envs at the edge

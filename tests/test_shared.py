@@ -24,8 +24,8 @@ VALUE_SHARED = {"Batch", "ReplayBuffer", "update_target", "evaluate"}
 # what all seven share
 RUNS = ("save_checkpoint", "load_checkpoint", "start_run", "saved_args")
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 290, "pg_baseline": 344, "offpolicy_pg": 344, "dqn": 409, "cem_q": 465}
-LINES |= {"naf": 360, "ddpg_continuous": 373}
+LINES = {"reinforce": 292, "pg_baseline": 346, "offpolicy_pg": 346, "dqn": 411, "cem_q": 467}
+LINES |= {"naf": 362, "ddpg_continuous": 375}
 
 
 def blocks(name):
