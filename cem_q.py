@@ -290,8 +290,7 @@ def make_envs(env_id: str, num_envs: int, film: bool = False) -> VectorEnv:
 def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
     """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
     state = {name: module.state_dict() for name, module in modules.items()}
-    state |= {"args": vars(args) | {"resume": ""}}
-    state |= {"global_step": global_step, "rng": torch.get_rng_state()}
+    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
     data = io.BytesIO()
     torch.save(state, data)
     (run_dir / "checkpoint.tmp").write_bytes(data.getbuffer())

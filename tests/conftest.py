@@ -21,6 +21,8 @@ VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 INERT = {"device", "num_threads", "eval_episodes", "checkpoint_frequency"}
 INERT |= {"wandb_mode", "wandb_project", "capture_video"}
 
+STARTED = []  # processes of the test that runs
+
 torch.set_num_threads(1)
 
 
@@ -52,7 +54,8 @@ def start(script, *flags, cwd, **settings):
     command = [sys.executable, ROOT / f"{script}.py", *map(str, flags)]
     settings |= {"env": {**os.environ, "PYTHONPATH": str(ROOT / "tests")}, "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, **pipes, **settings)
+    STARTED.append(subprocess.Popen(command, cwd=cwd, **pipes, **settings))
+    return STARTED[-1]
 
 
 def run(script, *flags, cwd, timeout=120, **settings):
@@ -75,8 +78,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def _own_directory(tmp_path, monkeypatch):
-    """Runs write to ./runs: every test has its own."""
+    """Runs write to ./runs: every test has its own; none outlives it."""
     monkeypatch.chdir(tmp_path)
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ VALUE_SHARED = {"Batch", "ReplayBuffer", "update_target", "evaluate"}
 # what all seven share
 RUNS = ("save_checkpoint", "load_checkpoint", "start_run", "saved_args")
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 292, "pg_baseline": 346, "offpolicy_pg": 346, "dqn": 411, "cem_q": 467}
-LINES |= {"naf": 362, "ddpg_continuous": 375}
+LINES = {"reinforce": 291, "pg_baseline": 345, "offpolicy_pg": 345, "dqn": 410, "cem_q": 466}
+LINES |= {"naf": 361, "ddpg_continuous": 374}
 
 
 def blocks(name):
