@@ -73,7 +73,7 @@ def records(directory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="of each script, by test_runs.py")
+    parser.addoption("--kills", type=int, default=1, help="of each script, by test_runs.py")
 
 
 @pytest.fixture(autouse=True)

@@ -288,7 +288,7 @@ def test_settings_from_python_are_checked_by_the_type_of_their_field(module):
         module.Args(gamma=2)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["reinforce", "dqn"])
 def test_bad_input_from_a_shell(name, tmp_path):
     for words in (["--env-id", "envs:DictObs-v0"], ["--resume", "nothing"]):
         result = run(name, *words, cwd=tmp_path)
@@ -328,12 +328,9 @@ def test_envs_at_the_edge(module, env_id, own):
         assert (ends == float("OneStep" in env_id)).all()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["reinforce", "naf"])
 def test_an_env_of_the_users_own(name, tmp_path):
     result = run(name, *flags(name, env_id="envs:CountingBox-v0"), cwd=tmp_path)
-    if name == "dqn":
-        assert result.returncode == 2
-        return
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name.startswith(f"envs-CountingBox-v0__{name}__1__")

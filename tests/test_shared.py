@@ -39,6 +39,11 @@ def blocks(name):
     return found
 
 
+def main_block(name):
+    """What a shell runs, after the last function."""
+    return SOURCES[name].split("def saved_args")[1]
+
+
 def common_fields(name):
     """The lines of Args up to the algorithm's own, but for the defaults."""
     lines = blocks(name)["Args"].splitlines()
@@ -75,6 +80,7 @@ def test_value_based_blocks_are_verbatim(name):
 
 def test_all_check_settings_and_envs_alike():
     for name in ALL:
+        assert main_block(name) == main_block("reinforce")
         check, envs = blocks(name)["Args"].split("def __post_init__")[1], blocks(name)["make_envs"]
         assert (
             check.splitlines()[:13]
