@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
 # ///
 """Deep deterministic policy gradient, DDPG (Lillicrap et al., 2016). Lecture: Option 4.
 
@@ -45,7 +45,7 @@ from gymnasium.wrappers.vector import RecordVideo
 from torch import Tensor, cuda, nn
 from tqdm import tqdm
 
-signals: list[int] = []  # from the shell; the run ends with its round, and a second one at once
+signals: list[int] = []  # of the shell: the run ends after its round; a second one, at once
 
 
 @dataclass
@@ -320,7 +320,7 @@ def train(args: Args) -> Tensor:
 
         last = global_step >= args.total_timesteps
         log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
-        if not all(x.isfinite().all() for x in parameters):
+        if (log or save or signals) and not all(x.isfinite().all() for x in parameters):
             raise FloatingPointError(f"Q or μ is not finite at step {global_step}; see {run_dir}")
         if log:
             episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)

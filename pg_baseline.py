@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
 # ///
 """REINFORCE with a baseline (Williams, 1992). Lecture: Reducing variance.
 
@@ -45,7 +45,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-signals: list[int] = []  # from the shell; the run ends with its round, and a second one at once
+signals: list[int] = []  # of the shell: the run ends after its round; a second one, at once
 
 
 @dataclass

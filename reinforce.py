@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
 # ///
 """REINFORCE, the Monte-Carlo policy gradient (Williams, 1992). Lecture: Policy gradient theorem.
 
@@ -41,7 +41,7 @@ from torch import Tensor, cuda, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
 
-signals: list[int] = []  # from the shell; the run ends with its round, and a second one at once
+signals: list[int] = []  # of the shell: the run ends after its round; a second one, at once
 
 
 @dataclass

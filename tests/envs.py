@@ -33,8 +33,8 @@ class Edge(gym.Env):
 
     observation_space = Box(-1, 1, (1,), np.float64)
 
-    def __init__(self, action_space, ends):
-        self.action_space, self.ends = action_space, ends
+    def __init__(self, action_space, ends, reward=1):
+        self.action_space, self.ends, self.reward = action_space, ends, reward
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -42,7 +42,7 @@ class Edge(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action), (action, self.action_space)
-        return self.np_random.uniform(-1, 1, 1), 1, self.ends, False, {}
+        return self.np_random.uniform(-1, 1, 1), self.reward, self.ends, False, {}
 
 
 class Spaces(gym.Env):
@@ -52,34 +52,24 @@ class Spaces(gym.Env):
         self.observation_space, self.action_space = observation_space, action_space
 
 
+UNEVEN = Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4"))
+
+
 def box(*shape, high=1.0):
     return Box(-high, high, shape, np.float32)
 
 
 gym.register("Counting-v0", Counting)
 gym.register("Truncating-v0", Counting, kwargs={"truncates": True})
-gym.register(
-    "CountingBox-v0",
-    Counting,
-    kwargs={"action_space": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4"))},
-)
-gym.register(
-    "TruncatingBox-v0",
-    Counting,
-    kwargs={
-        "action_space": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4")),
-        "truncates": True,
-    },
-)
-ACTIONS = {
-    "": Discrete(3, start=-1),
-    "Box": Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4")),
-}
-for kind, actions in ACTIONS.items():
+gym.register("CountingBox-v0", Counting, kwargs={"action_space": UNEVEN})
+gym.register("TruncatingBox-v0", Counting, kwargs={"action_space": UNEVEN, "truncates": True})
+for kind, actions in {"": Discrete(3, start=-1), "Box": UNEVEN}.items():
     gym.register(f"OneStep{kind}-v0", Edge, kwargs={"action_space": actions, "ends": True})
     endless = {"action_space": actions, "ends": False}
     gym.register(f"Endless{kind}-v0", Edge, max_episode_steps=30, kwargs=endless)
 gym.register("Forever-v0", Edge, kwargs={"action_space": Discrete(2), "ends": False})
+broken = {"action_space": Discrete(2), "ends": True, "reward": float("nan")}
+gym.register("NanReward-v0", Edge, kwargs=broken)
 REFUSED = {
     "DictObs-v0": (Dict(a=box(2)), Discrete(2)),
     "DiscreteObs-v0": (Discrete(4), Discrete(2)),

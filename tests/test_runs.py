@@ -297,11 +297,14 @@ def test_bad_input_from_a_shell(name, tmp_path):
 
 
 def test_a_video_of_the_greedy_policy_is_kept_and_logged(module):
-    _, path, _ = trained(module, capture_video=True, wandb_mode="offline")
+    own = {"capture_video": True, "wandb_mode": "offline", "wandb_project": "elsewhere"}
+    _, path, _ = trained(module, **own)
     (video,) = path.parent.glob("videos/*.mp4")
     assert video.stat().st_size > 1000
     (part,) = path.parent.glob("wandb/offline-run-*")
     assert list(part.glob("files/media/videos/eval/*.mp4"))
+    (log,) = [record["run"] for record in records(part) if record["type"] == "run"]
+    assert (log["project"], log["display_name"]) == ("elsewhere", path.parent.name)
 
 
 def test_a_video_without_moviepy_is_refused(module, monkeypatch, capsys):
@@ -415,6 +418,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(name, tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "File too large" in result.stderr.splitlines()[-1]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["reinforce", "dqn"])
+def test_a_number_that_is_not_finite_is_one_line(name, tmp_path):
+    result = run(name, *flags(name, env_id="envs:NanReward-v0"), cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "not finite at step" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["reinforce", "dqn"])
