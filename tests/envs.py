@@ -45,6 +45,34 @@ class Edge(gym.Env):
         return self.np_random.uniform(-1, 1, 1), self.reward, self.ends, False, {}
 
 
+class Loop(gym.Env):
+    """One state, which no action leaves; the reward is 1."""
+
+    observation_space, action_space = Box(0, 1, (1,), np.float32), Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), 1, False, False, {}
+
+
+class Corridor(gym.Env):
+    """Three states that look alike; in the middle one the actions are switched; -1 a step."""
+
+    observation_space, action_space = Box(0, 1, (1,), np.float32), Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        direction = 2 * action - 1
+        self.state = max(0, self.state + (-direction if self.state == 1 else direction))
+        return np.ones(1, np.float32), -1, self.state == 3, False, {}
+
+
 class Spaces(gym.Env):
     """An env of any spaces, for what the scripts must refuse."""
 
@@ -67,6 +95,8 @@ for kind, actions in {"": Discrete(3, start=-1), "Box": UNEVEN}.items():
     gym.register(f"OneStep{kind}-v0", Edge, kwargs={"action_space": actions, "ends": True})
     endless = {"action_space": actions, "ends": False}
     gym.register(f"Endless{kind}-v0", Edge, max_episode_steps=30, kwargs=endless)
+gym.register("Loop-v0", Loop, max_episode_steps=5)
+gym.register("Corridor-v0", Corridor, max_episode_steps=100)
 gym.register("Forever-v0", Edge, kwargs={"action_space": Discrete(2), "ends": False})
 broken = {"action_space": Discrete(2), "ends": True, "reward": float("nan")}
 gym.register("NanReward-v0", Edge, kwargs=broken)

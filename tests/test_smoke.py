@@ -104,13 +104,9 @@ def keys(record):
     return {record} if isinstance(record, str) else set()
 
 
-def test_copied_elsewhere_a_script_runs_alone(tmp_path):
-    for name in SCRIPTS + VALUE_BASED:
-        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-        result = subprocess.run(
-            [sys.executable, "-I", f"{name}.py", "--help"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0 and "--total-timesteps" in result.stdout
+@pytest.mark.parametrize("name", SCRIPTS + VALUE_BASED)
+def test_copied_elsewhere_a_script_runs_alone(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    command = [sys.executable, "-I", f"{name}.py", "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "--total-timesteps" in result.stdout

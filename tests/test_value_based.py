@@ -696,6 +696,7 @@ def test_train_of_ddpg_steps_the_actor_alone_on_the_actors_loss(monkeypatch):
     assert all(torch.equal(p.grad, before) for p, before in zip(network.parameters(), last))
 
 
+@pytest.mark.slow
 def test_tabular_q_learning_finds_the_values_of_frozen_lake():
     """Q*(0) = .99^6, .99^5, .99^5, .99^6, by the README's command."""
     command = next(c for c in (ROOT / "README.md").read_text().splitlines() if "--tabular" in c)

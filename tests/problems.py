@@ -1,0 +1,168 @@
+"""Small problems whose answers are known: for the tests, and for the figures of the docs."""
+
+import itertools
+
+import torch
+from scipy.linalg import solve_discrete_are
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, Normal
+
+from pg_baseline import Trajectories, trajectory_gradients
+
+
+class Tabular(nn.Module):
+    """Softmax policy with a logit for each state and action; states are one-hot."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.as_tensor(logits, dtype=torch.float64))
+
+    def forward(self, obs):
+        return Categorical(logits=obs @ self.logits, validate_args=False)
+
+
+class Coin(nn.Module):
+    """One state, P(a = 1) = θ, and θ itself is the parameter."""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([theta], dtype=torch.float64))
+
+    def forward(self, obs):
+        p = self.theta.expand_as(obs[..., 0])
+        return Categorical(probs=torch.stack([1 - p, p], dim=-1), validate_args=False)
+
+
+class LinearGaussian(nn.Module):
+    """u ~ N(-K x, s² I)."""
+
+    def __init__(self, K, std):
+        super().__init__()
+        self.K = nn.Parameter(torch.as_tensor(K, dtype=torch.float64))
+        self.std = nn.Parameter(torch.tensor([std], dtype=torch.float64))
+
+    def forward(self, obs):
+        mean = -obs @ self.K.mT
+        return Independent(Normal(mean, self.std.expand_as(mean)), 1)
+
+
+class MDP:
+    """All episodes of a tabular MDP of T steps; an episode also ends in the state -1.
+
+    start (S,), transition (S, A, S): what is missing to 1 is the probability of the end;
+    reward (T, S, A).
+    """
+
+    def __init__(self, start, transition, reward):
+        numbers = (torch.as_tensor(x, dtype=torch.float64) for x in (start, transition, reward))
+        self.start, self.transition, self.reward = numbers
+        self.horizon, self.num_states, self.num_actions = self.reward.shape
+        self.end = 1 - self.transition.sum(dim=-1)
+
+    def episodes(self) -> tuple[Trajectories, Tensor]:
+        """Each of them, a row, and the part of its probability that is not the policy's, (N,)."""
+        rows = []
+
+        def extend(steps, s, p):
+            if p == 0:
+                return
+            if s == -1 or len(steps) == self.horizon:
+                rows.append((steps, p))
+                return
+            for a in range(self.num_actions):
+                step = (s, a, self.reward[len(steps), s, a].item())
+                if len(steps) + 1 == self.horizon:  # what comes after does not matter
+                    extend([*steps, step], -1, p)
+                    continue
+                extend([*steps, step], -1, p * self.end[s, a].item())
+                for next_s in range(self.num_states):
+                    extend([*steps, step], next_s, p * self.transition[s, a, next_s].item())
+
+        for s in range(self.num_states):
+            extend([], s, self.start[s].item())
+        shape = len(rows), self.horizon
+        states, actions = torch.zeros(2, *shape, dtype=torch.int64)
+        rewards, mask = torch.zeros(2, *shape, dtype=torch.float64)
+        for i, (steps, _) in enumerate(rows):
+            for t, (s, a, r) in enumerate(steps):
+                states[i, t], actions[i, t], rewards[i, t], mask[i, t] = s, a, r, 1
+        obs = nn.functional.one_hot(states, self.num_states).double()
+        dynamics = torch.tensor([p for _, p in rows], dtype=torch.float64)
+        return Trajectories(obs, actions, rewards, mask), dynamics
+
+    def values(self, policy) -> tuple[Tensor, Tensor]:
+        """Q^π_t(s, a), (T, S, A), and V^π_t(s), (T, S), backward from the last step."""
+        probs = policy(torch.eye(self.num_states, dtype=torch.float64)).probs.detach()
+        Q, V, next_v = [], [], torch.zeros(self.num_states, dtype=torch.float64)
+        for reward in reversed(self.reward):
+            Q.append(reward + self.transition @ next_v)
+            next_v = (probs * Q[-1]).sum(dim=-1)
+            V.append(next_v)
+        return torch.stack(Q[::-1]), torch.stack(V[::-1])
+
+
+def small_mdp() -> MDP:
+    """Two states, two actions, three steps; action 1 in state 1 may end the episode."""
+    transition = [[[0.9, 0.1], [0.3, 0.7]], [[0.6, 0.4], [0.2, 0.5]]]
+    reward = [[[1.0, 0.0], [-1.0, 2.0]], [[0.5, 3.0], [0.0, -2.0]], [[2.0, -1.0], [4.0, 1.0]]]
+    return MDP([0.7, 0.3], transition, reward)
+
+
+def probabilities(policy, episodes: Trajectories, dynamics: Tensor) -> Tensor:
+    """p_φ(τ) of each episode, (N,)."""
+    obs, actions, _, mask = episodes
+    return dynamics * (mask * policy(obs).log_prob(actions)).sum(dim=1).exp()
+
+
+def moments(policy, episodes: Trajectories, p: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the estimate by one episode of probability p: mean, (P,), and total variance."""
+    obs, actions, _, mask = episodes
+    gradients = trajectory_gradients(policy, obs, actions, mask * psi)
+    mean = p @ gradients
+    return mean, p @ (gradients - mean).square().sum(dim=1)
+
+
+def all_actions(T: int, reward=lambda actions: 0.0 * actions) -> Trajectories:
+    """One state, two actions: each of the 2^T sequences, a row."""
+    actions = torch.tensor(list(itertools.product([0, 1], repeat=T)))
+    mask = torch.ones(actions.shape, dtype=torch.float64)
+    return Trajectories(mask.unsqueeze(-1), actions, reward(actions.double()), mask)
+
+
+def bimodal(a: Tensor) -> Tensor:
+    """Two peaks, of height 1 at -½ and 1.5 at ½ (Lim et al., 2018), for a in [-1, 1]."""
+    low, high = (2 * a + 1) / 0.2, (2 * a - 1) / 0.2
+    return (-0.5 * low**2).exp() + 1.5 * (-0.5 * high**2).exp()
+
+
+class LQR:
+    """x' = A x + B u, r = -(xᵀ Q x + uᵀ R u), discount γ; V* = -xᵀ P x, at u = -K x."""
+
+    def __init__(self, A, B, Q, R, gamma):
+        matrices = (torch.tensor(x, dtype=torch.float64) for x in (A, B, Q, R))
+        self.A, self.B, self.Q, self.R = matrices
+        root = gamma**0.5
+        solved = solve_discrete_are(root * self.A, root * self.B, self.Q, self.R)
+        self.gamma, self.P = gamma, torch.from_numpy(solved)
+        self.H = self.R + gamma * self.B.mT @ self.P @ self.B  # NAF's P is 2 H
+        self.K = torch.linalg.solve(self.H, gamma * self.B.mT @ self.P @ self.A)
+
+    def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward and x', of (..., n) and (..., m)."""
+        cost = (x @ self.Q * x).sum(dim=-1) + (u @ self.R * u).sum(dim=-1)
+        return -cost, x @ self.A.mT + u @ self.B.mT
+
+    def q(self, x: Tensor, u: Tensor, P: Tensor | None = None) -> Tensor:
+        """Q*(x, u), or r + γ V(x') with V = -xᵀ P x."""
+        reward, x = self.step(x, u)
+        return reward - self.gamma * (x @ (self.P if P is None else P) * x).sum(dim=-1)
+
+
+def scalar_lqr(gamma=0.9) -> LQR:
+    return LQR([[1.0]], [[1.0]], [[1.0]], [[1.0]], gamma)
+
+
+def planar_lqr() -> LQR:
+    """Two states and two actions, all coupled."""
+    B, R = [[0.6, 0.2], [-0.1, 0.5]], [[0.5, 0.2], [0.2, 0.3]]
+    return LQR([[0.9, 0.3], [-0.2, 1.0]], B, [[1.0, 0.3], [0.3, 0.6]], R, 0.9)
