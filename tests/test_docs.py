@@ -8,8 +8,16 @@ import pytest
 import tyro
 from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+FIGURES = (ROOT / "docs" / "figures.py").read_text()
+TESTS = {
+    node.name: ast.unparse(node)
+    for path in (ROOT / "tests").glob("test_*.py")
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef)
+}
 
 
 def commands():
@@ -53,17 +61,69 @@ def test_equations_are_numbered_and_each_is_at_its_line(script):
     assert found == set(numbers)
 
 
+def named(script):
+    """Number of each equation and the function that the docstring names for it."""
+    return [re.search(r"\((\d+)\)\s+(\w+)", line).groups() for line in equations(script)]
+
+
 def test_equations_name_functions_that_exist(script):
-    for line in equations(script):
-        name = re.search(r"\(\d+\)\s+(\w+)", line)[1]
-        assert hasattr(script, name), line
+    assert all(hasattr(script, name) for _, name in named(script))
 
 
-def test_readme_names_what_exists():
-    text = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
+def test_the_page_has_the_equations_of_its_script(script):
+    """The same numbers, in order, and after each the same function."""
+    text = (ROOT / "docs" / f"{script.__name__}.md").read_text()
+    assert re.findall(r"\\tag\{(\d+)\}\$\$\s+`(\w+)`", text) == named(script)
+    assert text.count(r"\tag") == len(named(script))
+    for title in ("## Equations", "## Metrics", "## Differences", "## Results", "## Exercises"):
+        assert title in text
+
+
+@pytest.mark.parametrize("test", [name for name in TESTS if "_equation" in name])
+def test_a_test_of_an_equation_calls_its_function(test):
+    """For each number in its name, that of a script that numbers it so."""
+    numbers = re.search(r"equations?_(\d+(_(and|to)_\d+)*)", test)[1]
+    for number in re.findall(r"\d+", numbers):
+        names = {name for script in BY_NAME.values() for n, name in named(script) if n == number}
+        assert any(re.search(rf"\b{name}\b", TESTS[test]) for name in names), (number, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_what_exists(page):
+    """Links, figures, functions, flags, tests and imports."""
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], link
+    flags = {f"--{name.replace('_', '-')}" for s in BY_NAME.values() for name in vars(s.Args())}
+    for words in re.findall(r"`([^`\n]+)`", text):
+        first = words.split()[0]
+        if match := re.fullmatch(rf"({'|'.join(BY_NAME)})\.(\w+)", first):
+            assert match[2] == "py" or hasattr(BY_NAME[match[1]], match[2]), words
+        elif first.startswith("--") and page in DOCS:
+            assert first in flags, words
+        elif first.startswith("test_") and first.isidentifier():
+            assert first in TESTS, words
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 assert all(hasattr(BY_NAME[node.module], alias.name) for alias in node.names)
+
+
+def test_the_lecture_is_whole():
+    """52 items and 26 errata, in order, each item with something to run or to see."""
+    text = (ROOT / "docs" / "lecture.md").read_text()
+    items = re.findall(r"^\| (\d+) \| .+ \| (.+) \|$", text, flags=re.M)
+    assert [int(number) for number, _ in items] == list(range(1, 53))
+    assert all("`" in where or "](" in where for _, where in items)
+    errata = re.findall(r"^(\d+)\. ", text.split("## Errata")[1], flags=re.M)
+    assert [int(number) for number in errata] == list(range(1, 27))
+
+
+def test_each_figure_is_made_and_shown():
+    names = {f"{name}.png" for name in re.findall(r"^def (\w+)\(\):", FIGURES, flags=re.M)}
+    assert names == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert names <= set(re.findall(r"\w+\.png", "".join(page.read_text() for page in DOCS)))

@@ -300,6 +300,22 @@ def test_equation_5_leaves_the_episode_out_as_the_batch_mean_is_biased(N):
     assert means["all"] == pytest.approx((1 - 1 / N) * 0.42)
 
 
+@pytest.mark.parametrize("action", [0, 1])
+@pytest.mark.parametrize("psi", [2.0, -2.0])
+def test_good_actions_become_more_likely_and_bad_ones_less(psi, action):
+    """One step along (2), for Ψ = R - b."""
+    policy = Tabular([[0.4, -0.3]])
+    obs, actions, _, mask = all_actions(1)
+    before = policy(obs).log_prob(actions).detach()
+    chosen = [action]
+    log_probs = policy(obs[chosen]).log_prob(actions[chosen])
+    loss = reinforce.policy_loss(log_probs, torch.full((1, 1), psi).double(), mask[chosen])
+    loss.backward()
+    policy.logits.data -= 0.1 * policy.logits.grad
+    change = (policy(obs).log_prob(actions) - before)[action].item()
+    assert change * psi > 0
+
+
 def test_a_sparse_reward_leaves_most_samples_without_a_signal():
     """A reward only for action 1, ten times in a row: one episode in 1024 has a gradient."""
     policy = Coin(0.5)
@@ -911,7 +927,7 @@ def test_equation_10_of_a_shifted_gaussian(T, fraction):
     assert size == pytest.approx(fraction, abs=0.02)
 
 
-def test_equation_9_is_not_symmetric():
+def test_kl_is_not_symmetric():
     new, old = (Categorical(probs=torch.tensor(p)) for p in ((0.6, 0.4), (0.5, 0.5)))
     assert offpolicy_pg.kl_divergence(new, old).item() == pytest.approx(0.020136, abs=1e-6)
     assert offpolicy_pg.kl_divergence(old, new).item() == pytest.approx(0.020411, abs=1e-6)

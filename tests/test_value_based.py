@@ -64,7 +64,12 @@ def test_equations_4_and_7_td_target_picks_with_one_network_and_values_with_the_
     assert torch.equal(plain, torch.tensor([1 + 10.0, 2 + 15.0, 4.0]))
     double = dqn.td_target(BATCH, online, target, 0.5, double_q=True)
     assert torch.equal(double, torch.tensor([1 + 5.0, 2 + 4.0, 4.0]))
-    assert not plain.requires_grad
+
+
+def test_no_gradient_flows_into_equation_4(value_script, spy):
+    targets = spy(value_script, "td_target")
+    value_script.train(value_script.Args(**TINY))
+    assert len(targets) > 10 and not any(y.requires_grad for _, y in targets)
 
 
 def test_equation_6_update_target(value_script):
@@ -95,8 +100,17 @@ def rows(*values):
     return x[:, None].float(), x, x.float(), x[:, None].float() + 1, x.float()
 
 
-@pytest.mark.parametrize("kind", [dqn.ReplayBuffer, dqn.PrioritizedReplayBuffer])
-def test_equation_3_the_ring_wraps(kind):
+KINDS = {m.__name__: m.ReplayBuffer for m in VALUE_MODULES}
+KINDS["prioritized-dqn"] = dqn.PrioritizedReplayBuffer
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request):
+    return request.param
+
+
+def test_equation_3_the_ring_of_a_replay_buffer_wraps(kind):
+    """A ReplayBuffer of five rows."""
     buffer = buffer_of(kind, 5)
     assert buffer.add(*rows(0, 1, 2)).tolist() == [0, 1, 2]
     assert buffer.add(*rows(3, 4, 5)).tolist() == [3, 4, 0]
@@ -105,19 +119,34 @@ def test_equation_3_the_ring_wraps(kind):
     buffer.add(*rows(*range(10, 22)))  # more than the capacity: the last five stay
     assert sorted(buffer.actions.tolist()) == [17, 18, 19, 20, 21]
     assert buffer.actions[int(buffer.count) % 5] == 17
+    assert buffer.add(*rows(30, 31, 32)).tolist() == [3, 4, 0]  # not for the first time
 
 
-def test_equation_3_samples_only_what_is_stored_and_all_of_it():
+def test_equation_3_the_replay_buffer_keeps_the_types(kind):
+    """A ReplayBuffer of actions in int16, given numpy's float64."""
+    buffer = kind(3, (2,), (2,), torch.int16, "cpu")
+    buffer.add(np.ones((1, 2)), torch.ones(1, 2), np.ones(1), np.ones((1, 2)), np.ones(1, bool))
+    assert buffer.actions.dtype == torch.int16 and buffer.actions.shape == (3, 2)
+    for name in ("obs", "rewards", "next_obs", "terminations"):
+        assert getattr(buffer, name).dtype == torch.float32
+    assert buffer.obs.shape == buffer.next_obs.shape == (3, 2) and buffer.rewards.shape == (3,)
+    assert buffer.terminations.tolist() == [1, 0, 0]
+
+
+def test_equation_3_samples_what_the_replay_buffer_holds_and_all_of_it(value_script):
     torch.manual_seed(0)
-    buffer = buffer_of(dqn.ReplayBuffer, 100)
+    buffer = buffer_of(value_script.ReplayBuffer, 100)
     buffer.add(*rows(7, 8, 9))
     batch = buffer.sample(3000)
     counts = batch.actions.bincount(minlength=10)
     assert counts[:7].sum() == 0 and (counts[7:] > 900).all()
     torch.testing.assert_close(batch.next_obs[:, 0], batch.rewards + 1)
-    again = buffer_of(dqn.ReplayBuffer, 100)
+    again = buffer_of(value_script.ReplayBuffer, 100)
     again.load_state_dict(buffer.state_dict())
     assert again.rewards.equal(buffer.rewards) and again.count == 3
+    buffer.add(*rows(*range(150)))
+    counts = buffer.sample(30_000).actions.bincount(minlength=150)
+    assert counts[:50].sum() == 0 and counts[50:].min() > 220 and counts.max() < 380
 
 
 def test_equation_9_priorities_and_weights():
@@ -223,6 +252,9 @@ def test_naf_keeps_mu_in_the_box_and_the_diagonal_positive_whatever_the_weights(
     mu, L, _ = network(torch.randn(500, 3))
     diagonal = L.diagonal(dim1=-2, dim2=-1)
     assert mu.abs().max() <= 1 and mu.abs().max() > 0.99
+    state = torch.randn(3)  # one state alone
+    for one, row in zip(network(state), network(state[None])):
+        torch.testing.assert_close(one, row[0])
     torch.testing.assert_close(diagonal.min().item(), math.exp(-5))
     torch.testing.assert_close(diagonal.max().item(), math.exp(2))
 

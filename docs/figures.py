@@ -1,0 +1,285 @@
+"""The figures of the docs, from the scripts' own functions.
+
+python -m docs.figures                 # all of them, to docs/figures; ten minutes on two cores
+python -m docs.figures variance naf    # or some
+"""
+
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from os import chdir
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import wandb
+
+import cem_q
+import naf
+import offpolicy_pg
+import pg_baseline
+import reinforce
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from problems import Coin, Tabular, all_actions, bimodal, moments, probabilities, small_mdp
+
+FOLDER = Path(__file__).resolve().parent / "figures"
+SEEDS = range(1, 6)
+# dark to light, so that they differ in grey too; the line styles help
+COLORS = ["#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00"]
+STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+SIZE = (9, 3.6)
+
+
+def variance():
+    """Gradient variance by estimator and baseline: a small MDP, and the growth with the horizon."""
+    torch.manual_seed(0)
+    mdp, policy = small_mdp(), pg_baseline.Policy(2, 2, discrete=True).double()
+    episodes, dynamics = mdp.episodes()
+    p = probabilities(policy, episodes, dynamics).detach()
+    G, (Q, V) = reinforce.reward_to_go(episodes.rewards, 1.0), mdp.values(policy)
+    z, g = (
+        p.sqrt()[:, None] * pg_baseline.trajectory_gradients(policy, *episodes[:2], psi)
+        for psi in (episodes.mask, episodes.mask * G)
+    )
+    t, states = torch.arange(mdp.horizon), episodes.obs.argmax(dim=-1)
+    value = V[t, states]
+    psi = {
+        "$R(τ)$, eq. (3)": reinforce.total_return(episodes.rewards, 1.0),
+        "$G_t$, eq. (4)": G,
+        "$G_t - b$, average": G - p @ (episodes.mask * G),
+        "$G_t - b$, optimal": G - (z * g).sum() / (z * z).sum(),
+        "$G_t - V(s_t)$": G - value,
+        "$Q(s_t, a_t) - V(s_t)$": Q[t, states, episodes.actions] - value,
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE, width_ratios=[1.2, 1])
+    found = {name: moments(policy, episodes, p, x) for name, x in psi.items()}
+    square = next(iter(found.values()))[0].square().sum()
+    bars = left.barh(list(found), [(v / square).item() for _, v in found.values()], color="#0072B2")
+    left.bar_label(bars, fmt="%.1f", padding=2)
+    left.invert_yaxis()
+    left.margins(x=0.15)
+    left.set(xlabel="variance of one episode's gradient / |∇J|²", title="Small MDP, exact")
+    horizons, coin = range(1, 11), Tabular([[0.0, 0.0]])
+    curves = {"$R(τ)$": [], "$G_t$": []}
+    for T in horizons:
+        episodes = all_actions(T, lambda actions: actions * 0 + 1)
+        p = torch.full((2**T,), 0.5**T).double()
+        for name, estimator in zip(curves, (reinforce.total_return, reinforce.reward_to_go)):
+            curves[name].append(moments(coin, episodes, p, estimator(episodes.rewards, 1.0))[1])
+    for (name, values), style, color in zip(curves.items(), STYLES, COLORS):
+        right.loglog(horizons, values, style, color=color, label=name)
+    right.set(xlabel="horizon T, steps", ylabel="variance", title="Reward 1 at every step: ∇J = 0")
+    right.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    right.legend()
+    return figure
+
+
+def ess():
+    """Effective sample size and largest weight against the horizon, medians of 40 batches."""
+    torch.manual_seed(0)
+    batches, N, T = 40, 1000, 200
+    steps, mask, behavior = np.arange(1, T + 1), torch.ones(N, T), Coin(0.5)
+    obs = mask.double().unsqueeze(-1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
+    for theta, style, color in zip((0.55, 0.6, 0.7), STYLES, COLORS):
+        fractions, largest = [], []
+        for _ in range(batches):
+            actions = behavior(obs).sample()
+            log_ratio = Coin(theta)(obs).log_prob(actions) - behavior(obs).log_prob(actions)
+            log_w = offpolicy_pg.log_weights(log_ratio.detach(), mask, "per_decision")
+            fractions.append(offpolicy_pg.effective_sample_size(log_w) / N)
+            largest.append(log_w.max(dim=0).values.exp())
+        label = f"π(1) = {theta}"
+        for axes, values in (left, fractions), (right, largest):
+            median = torch.stack(values).median(dim=0).values
+            axes.semilogy(steps, median, linestyle=style, color=color, label=label)
+    left.axhline(1 / N, color="0.6", linewidth=0.8)
+    left.text(0, 0.95 / N, "one episode of the 1000", va="top", color="0.4")
+    left.set(xlabel="horizon, steps", ylabel="effective sample size / episodes")
+    left.set(ylim=(4e-4, 2), title="Data of a fair coin, π(1) = 0.5")
+    right.axhline(1, color="0.6", linewidth=0.8)
+    right.text(T, 0.9, "the mean of the weights", ha="right", va="top", color="0.4")
+    right.set(xlabel="horizon, steps", ylabel="largest weight of 1000 episodes", ylim=(0.3, 500))
+    right.legend()
+    return figure
+
+
+def bias():
+    """The per-step form against the exact ones, as the policy moves away from that of the data."""
+    mdp, behavior = small_mdp(), Tabular(torch.zeros(2, 2))
+    episodes, dynamics = mdp.episodes()
+    p = probabilities(behavior, episodes, dynamics).detach()
+    obs, actions, rewards, mask = episodes
+    names = ["trajectory", "causal", "per_decision", "per_step"]
+    divergence, biases, spreads = [], {n: [] for n in names}, {n: [] for n in names}
+    reached = (p[:, None] * mask)[..., None] * obs  # how often each state is
+    for distance in np.linspace(0.01, 2.5, 60):
+        target = Tabular(distance * torch.tensor([[1.0, -1.0], [-0.5, 0.5]]))
+        states = torch.eye(2).double()
+        kl = offpolicy_pg.kl_divergence(target(states), behavior(states)).detach()
+        divergence.append((reached.sum(dim=(0, 1)) @ kl / reached.sum()).item())
+        log_ratio = (target(obs).log_prob(actions) - behavior(obs).log_prob(actions)).detach()
+        new = probabilities(target, episodes, dynamics).detach()
+        exact, _ = moments(target, episodes, new, reinforce.reward_to_go(rewards, 1.0))
+        for name in names:
+            arguments = log_ratio, rewards, mask, 1.0, name
+            psi = offpolicy_pg.importance_weighted_psi(*arguments)
+            mean, total = moments(target, episodes, p, psi)
+            biases[name].append(((mean - exact).norm() / exact.norm()).item())
+            spreads[name].append((total.sqrt() / exact.norm()).item())
+    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
+    for name, style, color in zip(names, STYLES, COLORS):
+        left.plot(divergence, biases[name], linestyle=style, color=color, label=name)
+        right.plot(divergence, spreads[name], linestyle=style, color=color, label=name)
+    left.axvline(0.02, color="0.6", linewidth=0.8)
+    left.text(0.025, left.get_ylim()[1], " default δ", va="top", color="0.4")
+    left.set(ylabel="|bias| / |∇J|", title="Bias")
+    right.set(ylabel="standard deviation / |∇J|", title="Noise of one episode")
+    for axes in (left, right):
+        axes.set(xlabel="KL(new ‖ old), nats a step")
+    left.legend()
+    return figure
+
+
+def maximizers():
+    """Four searches on a bimodal Q: where they end, and what it costs."""
+    torch.set_num_threads(1)
+    q = lambda actions: bimodal(actions.squeeze(-1))  # noqa: E731
+    grids = {f"{bins}": partial(cem_q.argmax_grid, bins=bins) for bins in (4, 11, 21, 101)}
+    gradients = {
+        f"{n}": partial(cem_q.argmax_gradient, num_samples=n, iterations=20) for n in (1, 4, 16)
+    }
+    settings = {"num_samples": 64, "num_elites": 6}
+    cems = {f"{i}": partial(cem_q.argmax_cem, **settings, iterations=i) for i in (1, 2, 4)}
+    cmas = {f"{i}": partial(cem_q.argmax_cmaes, num_samples=16, iterations=i) for i in (5, 10, 20)}
+    families = {"grid, by bins": grids, "gradient, by starts": gradients}
+    families |= {"CEM, by iterations": cems, "CMA-ES, by iterations": cmas}
+    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
+    a = torch.linspace(-1, 1, 500)
+    left.plot(a, bimodal(a), color="0.5")
+    for row, ((name, family), marker, color) in enumerate(zip(families.items(), "soD^", COLORS)):
+        times, rates = [], []
+        for search in family.values():
+            torch.manual_seed(0)
+            found = search(q, 4000, 1).squeeze(-1)
+            rates.append((bimodal(found).mean() / 1.5).item())
+            durations = []
+            for _ in range(100):
+                start = time.perf_counter()
+                search(q, 128, 1)
+                durations.append(time.perf_counter() - start)
+            times.append(1e3 * min(durations))
+        right.semilogx(times, rates, marker=marker, linestyle=":", color=color, label=name)
+        for x, y, label in zip(times, rates, family):
+            right.annotate(label, (x, y), (4, -11), textcoords="offset points", fontsize=8)
+        middle = list(family.values())[1](q, 60, 1).squeeze(-1)
+        height = torch.full_like(middle, -0.15 - 0.12 * row)
+        left.scatter(middle, height, marker=marker, color=color, s=12, alpha=0.5)
+    left.set(xlabel="action a", ylabel="Q(a)", title="Q, and where 60 searches end")
+    right.set(xlabel="time of a batch of 128 searches, ms", ylabel="mean of Q found / max Q")
+    right.set(title="Success and cost", ylim=(-0.05, 1.1))
+    left.set_xticks([-1, -0.5, 0, 0.5, 1])
+    left.set_yticks([0, 0.5, 1, 1.5])
+    right.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def quadratic():
+    """NAF's best paraboloid for that Q: least squares over the box."""
+    a = torch.linspace(-1, 1, 1001).double()
+    curvature, slope, constant = np.polyfit(a.numpy(), bimodal(a).numpy(), 2)
+    mu, L = -slope / (2 * curvature), (-2 * curvature) ** 0.5
+    value = constant + slope * mu / 2
+    mu, L, value = (torch.tensor(x).double() for x in ([mu], [[L]], value))
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    axes.plot(a, bimodal(a), color=COLORS[0], label="Q(a)")
+    fitted = naf.naf_q(mu, L, value, a[:, None])
+    axes.plot(a, fitted, "--", color=COLORS[1], label="nearest quadratic")
+    axes.plot(0.5, 1.5, "v", color=COLORS[0])
+    axes.annotate("argmax: Q = 1.5", (0.5, 1.5), (-95, -4), textcoords="offset points")
+    axes.plot(mu, bimodal(mu), "o", color=COLORS[1])
+    text = f"μ = {mu.item():.2f}\nQ = {bimodal(mu).item():.3f}"
+    place = {"xytext": (6, 20), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+    axes.annotate(text, (mu.item(), bimodal(mu).item()), **place)
+    axes.set(xlabel="action a", ylabel="Q(a)")
+    axes.legend(loc="upper left")
+    return figure
+
+
+def curve(run):
+    """Env steps and training returns of a run, without a log on disk."""
+    name, settings = run
+    module, rows = import_module(name), []
+    wandb.log = rows.append
+    with tempfile.TemporaryDirectory() as folder:
+        chdir(folder)
+        with open("log", "w") as log, redirect_stderr(log):
+            module.train(module.Args(**settings, wandb_mode="disabled", eval_episodes=1))
+        chdir("/")
+    rows = [row for row in rows if "charts/episodic_return" in row]
+    return [row["global_step"] for row in rows], [row["charts/episodic_return"] for row in rows]
+
+
+def learning_curves(axes, runs, steps):
+    """Of each of runs, label to (script, settings): every seed, and the median of them."""
+    jobs = [(script, own | {"seed": seed}) for script, own in runs.values() for seed in SEEDS]
+    with get_context("spawn").Pool(2) as pool:
+        curves = pool.map(curve, jobs, chunksize=1)
+    for i, (name, style, color) in enumerate(zip(runs, STYLES, COLORS)):
+        mine = curves[i * len(SEEDS) : (i + 1) * len(SEEDS)]
+        for x, y in mine:
+            axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
+        inside = steps[steps <= min(x[-1] for x, _ in mine)]
+        median = np.nanmedian([np.interp(inside, x, y) for x, y in mine], axis=0)
+        axes.plot(inside, median, linestyle=style, color=color, linewidth=2, label=name)
+    axes.set(xlabel="env steps", ylabel="training return")
+
+
+def replay():
+    """DQN with and without replay and target network, on CartPole-v1."""
+    no_target = {"target_network_frequency": 1}
+    no_replay = {"buffer_size": 32, "batch_size": 32}
+    runs = {
+        "DQN": ("dqn", {}),
+        "no target network": ("dqn", no_target),
+        "no replay: the last 32 transitions": ("dqn", no_replay),
+        "neither": ("dqn", no_target | no_replay),
+    }
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    learning_curves(axes, runs, np.linspace(1000, 50_000, 100))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def samples():
+    """Sample efficiency of REINFORCE, with a baseline, and off-policy, on CartPole-v1."""
+    runs = {
+        "reinforce.py": ("reinforce", {}),
+        "pg_baseline.py": ("pg_baseline", {}),
+        "offpolicy_pg.py": ("offpolicy_pg", {}),
+    }
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    learning_curves(axes, runs, np.geomspace(2000, 350_000, 200))
+    axes.axhline(475, color="0.6", linewidth=0.8)
+    axes.text(1500, 478, "solved: 475", va="bottom", color="0.4")
+    axes.set_xscale("log")
+    axes.set_xlim(left=1000)
+    axes.legend(loc="center left")
+    return figure
+
+
+FIGURES = [variance, ess, bias, maximizers, quadratic, replay, samples]
+
+if __name__ == "__main__":
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"legend.frameon": False, "figure.constrained_layout.use": True})
+    for draw in FIGURES:
+        if not sys.argv[1:] or draw.__name__ in sys.argv[1:]:
+            draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=150)
+            print(FOLDER / f"{draw.__name__}.png")
