@@ -91,6 +91,18 @@ def test_equation_8_the_mean_of_the_dueling_advantages_is_0():
     torch.testing.assert_close(differences, advantages[:, 0] - advantages[:, 1])
 
 
+def test_networks_take_any_leading_dimensions():
+    torch.manual_seed(0)
+    obs, actions = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    networks = {dqn.QNetwork(3, 2): (obs,), dqn.QNetwork(3, 2, dueling=True): (obs,)}
+    networks |= {ddpg_continuous.Actor(3, 2): (obs,), cem_q.QNetwork(3, 2): (obs, actions)}
+    networks |= {ddpg_continuous.QNetwork(3, 2): (obs, actions)}
+    for network, inputs in networks.items():
+        for i in range(4):
+            torch.testing.assert_close(network(*inputs)[i], network(*(x[i] for x in inputs)))
+    assert dqn.QNetwork(3, 2).value is None
+
+
 def buffer_of(kind, capacity):
     return kind(capacity, (1,), (), torch.int64, "cpu")
 
@@ -167,6 +179,16 @@ def test_equation_9_priorities_and_weights():
     x = torch.tensor([1.0, -2.0, 3.0, 5.0])  # with β = 1 the weighted mean is that of uniform draws
     mean = (weights * x[drawn]).mean() / weights.mean()
     torch.testing.assert_close(mean.item(), 1.75, atol=0.1, rtol=0)
+
+
+def test_equation_9_of_small_errors():
+    """A PrioritizedReplayBuffer draws a transition without an error, too, if rarely."""
+    buffer = buffer_of(dqn.PrioritizedReplayBuffer, 4)
+    buffer.add(*rows(0, 1))
+    buffer.update_priorities(torch.arange(2), torch.tensor([0.0, 0.25]), alpha=0.5)
+    torch.testing.assert_close(buffer.priorities[:2], torch.tensor([1e-3, 0.5]))
+    buffer.add(*rows(2))
+    assert buffer.priorities[2] == buffer.priorities[1]
 
 
 @pytest.mark.parametrize("module", CONTINUOUS)
