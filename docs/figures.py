@@ -22,11 +22,21 @@ import wandb
 import cem_q
 import naf
 import offpolicy_pg
-import pg_baseline
 import reinforce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from problems import Coin, Tabular, all_actions, bimodal, moments, probabilities, small_mdp
+from problems import (
+    Coin,
+    Tabular,
+    all_actions,
+    best_constant,
+    bimodal,
+    moments,
+    probabilities,
+    small_mdp,
+    small_policy,
+    step_values,
+)
 
 FOLDER = Path(__file__).resolve().parent / "figures"
 SEEDS = range(1, 6)
@@ -38,24 +48,18 @@ SIZE = (9, 3.6)
 
 def variance():
     """Gradient variance by estimator and baseline: a small MDP, and the growth with the horizon."""
-    torch.manual_seed(0)
-    mdp, policy = small_mdp(), pg_baseline.Policy(2, 2, discrete=True).double()
+    mdp, policy = small_mdp(), small_policy()
     episodes, dynamics = mdp.episodes()
     p = probabilities(policy, episodes, dynamics).detach()
     G, (Q, V) = reinforce.reward_to_go(episodes.rewards, 1.0), mdp.values(policy)
-    z, g = (
-        p.sqrt()[:, None] * pg_baseline.trajectory_gradients(policy, *episodes[:2], psi)
-        for psi in (episodes.mask, episodes.mask * G)
-    )
-    t, states = torch.arange(mdp.horizon), episodes.obs.argmax(dim=-1)
-    value = V[t, states]
+    value = step_values(V, episodes)
     psi = {
         "$R(τ)$, eq. (3)": reinforce.total_return(episodes.rewards, 1.0),
         "$G_t$, eq. (4)": G,
         "$G_t - b$, average": G - p @ (episodes.mask * G),
-        "$G_t - b$, optimal": G - (z * g).sum() / (z * z).sum(),
+        "$G_t - b$, optimal": G - best_constant(policy, episodes, p, G),
         "$G_t - V(s_t)$": G - value,
-        "$Q(s_t, a_t) - V(s_t)$": Q[t, states, episodes.actions] - value,
+        "$Q(s_t, a_t) - V(s_t)$": step_values(Q, episodes) - value,
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=SIZE, width_ratios=[1.2, 1])
     found = {name: moments(policy, episodes, p, x) for name, x in psi.items()}
@@ -244,18 +248,21 @@ def learning_curves(axes, runs, steps):
 
 
 def replay():
-    """DQN with and without replay and target network, on CartPole-v1."""
+    """DQN with and without replay and target network, on CartPole-v1: one env, and 32."""
     no_target = {"target_network_frequency": 1}
-    no_replay = {"buffer_size": 32, "batch_size": 32}
-    runs = {
-        "DQN": ("dqn", {}),
-        "no target network": ("dqn", no_target),
-        "no replay: the last 32 transitions": ("dqn", no_replay),
-        "neither": ("dqn", no_target | no_replay),
-    }
-    figure, axes = plt.subplots(figsize=(6.5, 4))
-    learning_curves(axes, runs, np.linspace(1000, 50_000, 100))
-    axes.legend(loc="upper left")
+    figure, panels = plt.subplots(1, 2, figsize=SIZE, sharey=True)
+    one = {"num_envs": 1, "num_steps": 4, "num_updates": 1, "learning_rate": 1e-3}
+    for axes, title, own, last in (panels[0], "One env", one, 4), (panels[1], "32 envs", {}, 32):
+        no_replay = {"buffer_size": last, "batch_size": last}  # those of the last round
+        runs = {
+            "DQN": ("dqn", own),
+            "no target network": ("dqn", own | no_target),
+            "no replay": ("dqn", own | no_replay),
+            "neither": ("dqn", own | no_target | no_replay),
+        }
+        learning_curves(axes, runs, np.linspace(1000, 50_000, 100))
+        axes.set_title(title)
+    panels[0].legend(loc="upper left")
     return figure
 
 
@@ -272,14 +279,21 @@ def samples():
     axes.text(1500, 478, "solved: 475", va="bottom", color="0.4")
     axes.set_xscale("log")
     axes.set_xlim(left=1000)
-    axes.legend(loc="center left")
+    axes.legend(loc="lower right")
     return figure
 
 
 FIGURES = [variance, ess, bias, maximizers, quadratic, replay, samples]
 
 if __name__ == "__main__":
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "lines.linewidth": 2,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
     plt.rcParams.update({"legend.frameon": False, "figure.constrained_layout.use": True})
     for draw in FIGURES:
         if not sys.argv[1:] or draw.__name__ in sys.argv[1:]:

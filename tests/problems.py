@@ -7,7 +7,7 @@ from scipy.linalg import solve_discrete_are
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from pg_baseline import Trajectories, trajectory_gradients
+from pg_baseline import Trajectories, optimal_baseline, trajectory_gradients
 
 
 class Tabular(nn.Module):
@@ -108,6 +108,11 @@ def small_mdp() -> MDP:
     return MDP([0.7, 0.3], transition, reward)
 
 
+def small_policy() -> Tabular:
+    """One that is far from uniform, and from the best."""
+    return Tabular([[0.5, -0.5], [-0.3, 0.6]])
+
+
 def probabilities(policy, episodes: Trajectories, dynamics: Tensor) -> Tensor:
     """p_φ(τ) of each episode, (N,)."""
     obs, actions, _, mask = episodes
@@ -120,6 +125,23 @@ def moments(policy, episodes: Trajectories, p: Tensor, psi: Tensor) -> tuple[Ten
     gradients = trajectory_gradients(policy, obs, actions, mask * psi)
     mean = p @ gradients
     return mean, p @ (gradients - mean).square().sum(dim=1)
+
+
+def step_values(table: Tensor, episodes: Trajectories) -> Tensor:
+    """table (T, S) or (T, S, A) at the states and actions of the episodes, (N, T)."""
+    states, t = episodes.obs.argmax(dim=-1), torch.arange(episodes.obs.shape[1])
+    return table[t, states] if table.dim() == 2 else table[t, states, episodes.actions]
+
+
+def best_constant(policy, episodes: Trajectories, p: Tensor, returns: Tensor) -> Tensor:
+    """(7) of pg_baseline.py for infinitely many episodes, each as often as it occurs."""
+    rows = [
+        trajectory_gradients(policy, *episodes[:2], episodes.mask * psi)
+        for psi in (torch.ones_like(returns), returns)
+    ]
+    left_out = torch.zeros_like(rows[0][:1])  # and does not count
+    rows = [torch.cat([left_out, p.sqrt()[:, None] * x]) for x in rows]
+    return optimal_baseline(*rows)[0]
 
 
 def all_actions(T: int, reward=lambda actions: 0.0 * actions) -> Trajectories:

@@ -56,6 +56,7 @@ def test_equation_2_with_unit_weights_is_behaviour_cloning(script):
 
 def test_gaussian_policy_has_one_log_prob_an_action_and_does_not_clip(script):
     policy = script.Policy(3, 2, discrete=False)
+    assert policy.log_std.tolist() == [-0.5, -0.5]
     with torch.no_grad():
         policy.log_std.copy_(torch.tensor([0.3, -1.2]))
     obs, actions = torch.randn(4, 5, 3), 10 * torch.randn(4, 5, 2)
@@ -108,6 +109,23 @@ def test_rollout_draws_new_episodes_from_torch_alone(script):
     again = script.rollout(script.make_envs("Counting-v0", 32), policy)
     assert not torch.equal(first.obs[:, 0], second.obs[:, 0])
     assert all(torch.equal(x, y) for x, y in zip(first, again))
+
+
+def test_rollout_draws_env_seeds_from_31_bits(script):
+    """So that seed + i is one, too, for the last of N envs."""
+    vector_env, seeds = script.make_envs("OneStep-v0", 5), []
+    reset, policy = vector_env.reset, script.Policy(1, 3, True)
+    vector_env.reset = lambda seed: seeds.append(seed) or reset(seed=seed)
+    for _ in range(40):
+        script.rollout(vector_env, policy)
+    assert 2**30 < max(seeds) <= 2**31 - 5 and min(seeds) >= 0 and len(set(seeds)) == 40
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_a_policy_of_nan_is_left_to_train_to_report(script, discrete):
+    distribution = script.Policy(2, 2, discrete)(torch.full((1, 2), torch.nan))
+    actions = torch.zeros(1, dtype=torch.int64) if discrete else torch.zeros(1, 2)
+    assert distribution.log_prob(actions).isnan().all()
 
 
 def test_greedy_rollout_takes_the_mode_and_a_seed_fixes_it(script):

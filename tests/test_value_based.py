@@ -305,6 +305,9 @@ def test_ddpg_target_and_actor_gradient_by_hand():
 
 
 def test_ddpg_noise():
+    actor, obs = ddpg_continuous.Actor(3, 2), torch.randn(50, 3)
+    noisy = ddpg_continuous.select_actions(actor, obs, torch.tensor([0.4, -0.3]).expand(50, -1))
+    torch.testing.assert_close(noisy, (actor(obs) + torch.tensor([0.4, -0.3])).clamp(-1, 1))
     torch.manual_seed(0)
     noise, ou = torch.full((20_000, 2), 10.0), ddpg_continuous.ou_noise
     nearer = ou(noise, 0.25, 0.5)
