@@ -889,6 +889,15 @@ def test_a_weight_is_1_in_the_mean(mdp, policy, estimator):
         close(alive, expected if estimator == "per_decision" else reached)
 
 
+def test_a_weighted_return_is_that_of_the_new_policy(mdp, policy):
+    """J(φ') = E[Π_t ρ_t R(τ)] over episodes of the old policy."""
+    episodes, p, log_ratio = off_policy(mdp, policy)
+    weights = offpolicy_pg.log_weights(log_ratio, episodes.mask, "trajectory").exp()[:, 0]
+    returns = reinforce.total_return(episodes.rewards, 1.0)[:, 0]
+    close(p @ (weights * returns), mdp.start @ mdp.values(policy)[1][0])
+    assert abs(p @ returns - p @ (weights * returns)) > 0.1
+
+
 def test_the_dynamics_cancel(policy):
     """p_φ'(τ) / p_φ(τ) is the product of the policies' ratios, whatever the env."""
     torch.manual_seed(1)
