@@ -247,6 +247,7 @@ def learning_curves(axes, runs, steps):
         median = np.nanmedian([np.interp(inside, x, y) for x, y in mine], axis=0)
         axes.plot(inside, median, linestyle=style, color=color, linewidth=2, label=name)
     axes.set(xlabel="env steps", ylabel="training return")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
 
 
 def replay():
@@ -280,8 +281,8 @@ def samples():
     learning_curves(axes, runs, np.geomspace(2000, 350_000, 200))
     axes.axhline(475, color="0.6", linewidth=0.8)
     axes.text(1500, 478, "solved: 475", va="bottom", color="0.4")
-    axes.set_xscale("log")
-    axes.set_xlim(left=1000)
+    axes.set(xscale="log", xlim=(1000, 500_000))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
     axes.legend(loc="lower right")
     return figure
 

@@ -21,6 +21,17 @@ class Tabular(nn.Module):
         return Categorical(logits=obs @ self.logits, validate_args=False)
 
 
+class Table(nn.Module):
+    """Q of the state i is row i; the observation is (i,)."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = nn.Parameter(torch.as_tensor(rows))
+
+    def forward(self, obs):
+        return self.rows[obs[..., 0].long()]
+
+
 class Coin(nn.Module):
     """One state, P(a = 1) = θ, and θ itself is the parameter."""
 

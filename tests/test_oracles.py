@@ -13,6 +13,7 @@ from problems import (
     MDP,
     Coin,
     LinearGaussian,
+    Table,
     Tabular,
     all_actions,
     best_constant,
@@ -386,23 +387,12 @@ def test_no_greedy_policy_can_cross_the_corridor(q_values, expected):
 # Deep Q-learning
 
 
-class Rows(nn.Module):
-    """Q of observation (i,) is row i."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = nn.Parameter(rows)
-
-    def forward(self, obs):
-        return self.rows[obs[..., 0].long()]
-
-
 @pytest.mark.parametrize(("n", "bias"), [(2, 0.5642), (3, 0.8463), (4, 1.0294), (10, 1.5388)])
 def test_equation_7_takes_away_the_bias_of_the_max(n, bias):
     """n actions of value 0 whose estimates err by N(0, 1): E[max] is the bias of (4)."""
     torch.manual_seed(0)
     B = 200_000
-    first, second = Rows(torch.randn(B, n)), Rows(torch.randn(B, n))
+    first, second = Table(torch.randn(B, n)), Table(torch.randn(B, n))
     obs, zeros = torch.arange(B)[:, None].float(), torch.zeros(B)
     batch = dqn.Batch(obs, zeros.long(), zeros, obs, zeros)
     single = dqn.td_target(batch, first, second, 1.0, double_q=False)
@@ -442,7 +432,7 @@ def test_equation_4_is_the_bellman_operator_of_frozen_lake(slippery, expected):
     rows = [(s, a, *x) for s in model for a in model[s] for x in model[s][a]]
     s, a, p, next_s, r, ends = (torch.tensor(x).float() for x in zip(*rows))
     batch = dqn.Batch(s[:, None], a.long(), r, next_s[:, None], ends)
-    table = Rows(torch.zeros(16, 4))
+    table = Table(torch.zeros(16, 4))
     for _ in range(700):
         y = dqn.td_target(batch, table, table, 0.99, double_q=False)
         table.rows.data = torch.zeros(64).index_add(0, (4 * s + a).long(), p * y).view(16, 4)

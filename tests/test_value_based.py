@@ -10,6 +10,7 @@ import pytest
 import torch
 import tyro
 from conftest import INERT, ROOT, VALUE_MODULES, options, run
+from problems import Table
 from torch import nn
 
 import cem_q
@@ -20,17 +21,6 @@ import naf
 TINY = {"total_timesteps": 400, "num_envs": 4, "eval_episodes": 3, "learning_starts": 100}
 TINY |= {"wandb_mode": "disabled", "batch_size": 16}
 CONTINUOUS = [cem_q, naf, ddpg_continuous]
-
-
-class Table(nn.Module):
-    """Q of state i is row i; the observation is (i,)."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = nn.Parameter(torch.tensor(rows))
-
-    def forward(self, obs):
-        return self.rows[obs[..., 0].long()]
 
 
 def test_equation_1_has_a_coin_for_each_env():
@@ -412,6 +402,25 @@ def test_equation_9_learns_mean_and_deviation_from_the_elites():
     assert floor[-1].std().item() == pytest.approx(0.3, rel=0.05)
 
 
+def test_equation_9_has_the_deviation_of_the_elites_without_a_correction():
+    """Of two elites of argmax_cem it is half of their distance."""
+    drawn = []
+    torch.manual_seed(0)
+    f = lambda a: drawn.append(a) or -a.square().sum(-1)  # noqa: E731
+    cem_q.argmax_cem(f, 1, 1, num_samples=5000, num_elites=2, iterations=2, min_std=0)
+    elites = drawn[0][0][drawn[0][0, :, 0].abs().argsort()[:2]]
+    half = (elites[0] - elites[1]).abs().item() / 2
+    assert drawn[1].std().item() == pytest.approx(half, rel=0.05)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_no_gradient_flows_through_a_search(name):
+    network, (search, settings, _) = cem_q.QNetwork(3, 2), SEARCHES[name]
+    q_function = lambda a: network(torch.zeros(*a.shape[:2], 3), a)  # noqa: E731
+    assert not search(q_function, 5, 2, **settings).requires_grad
+    assert all(p.grad is None for p in network.parameters())
+
+
 def hansen(f, d, num_samples, iterations, sigma=0.5):
     """Hansen (2016), appendix A, one vector at a time, without h_σ and negative weights."""
     mu = num_samples // 2
@@ -441,19 +450,21 @@ def hansen(f, d, num_samples, iterations, sigma=0.5):
     return m
 
 
-@pytest.mark.parametrize("num_samples", [12, 9])
-def test_equation_10_is_hansens_on_a_rotated_ellipsoid(num_samples):
+@pytest.mark.parametrize(("num_samples", "d"), [(12, 3), (9, 3), (60, 3), (60, 1)])
+def test_equation_10_is_hansens_on_a_rotated_ellipsoid(num_samples, d):
+    """argmax_cmaes: with 60 samples d_σ grows, and c_μ in one dimension is at its limit."""
     torch.manual_seed(9)
-    Q, _ = torch.linalg.qr(torch.randn(3, 3))
-    H, top = Q @ torch.diag(torch.tensor([1.0, 10.0, 100.0])) @ Q.T, torch.tensor([0.3, -0.2, 0.1])
+    Q, _ = torch.linalg.qr(torch.randn(d, d))
+    H = Q @ torch.diag(torch.tensor([1.0, 10.0, 100.0])[:d]) @ Q.T
+    top = torch.tensor([0.3, -0.2, 0.1])[:d]
 
     def f(a):
         return -((a - top) @ H * (a - top)).sum(dim=-1)
 
     torch.manual_seed(1)
-    (ours,) = cem_q.argmax_cmaes(f, 1, 3, num_samples, iterations=6, min_std=1e-6)
+    (ours,) = cem_q.argmax_cmaes(f, 1, d, num_samples, iterations=6, min_std=1e-6)
     torch.manual_seed(1)
-    torch.testing.assert_close(ours, hansen(f, 3, num_samples, 6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, hansen(f, d, num_samples, 6), atol=1e-4, rtol=0)
 
 
 def test_evaluate_counts_the_first_episode_of_each_env(value_script):
