@@ -109,8 +109,8 @@ def ess():
     left.set(ylim=(4e-4, 2), title="Data of a fair coin, π(1) = 0.5")
     right.axhline(1, color="0.6", linewidth=0.8)
     right.text(T, 0.9, "the mean of the weights", ha="right", va="top", color="0.4")
-    right.set(xlabel="horizon, steps", ylabel="largest weight of 1000 episodes", ylim=(0.3, 500))
-    right.legend()
+    right.set(xlabel="horizon, steps", ylabel="largest weight of 1000 episodes", ylim=(0.03, 500))
+    right.legend(loc="lower left")
     return figure
 
 
@@ -277,13 +277,13 @@ def samples():
         "offpolicy_pg.py": ("offpolicy_pg", {}),
         "offpolicy_pg.py, 1 step a batch": ("offpolicy_pg", {"num_updates": 1}),
     }
-    figure, axes = plt.subplots(figsize=(6.5, 4))
+    figure, axes = plt.subplots(figsize=(9, 4))
     learning_curves(axes, runs, np.geomspace(2000, 350_000, 200))
     axes.axhline(475, color="0.6", linewidth=0.8)
     axes.text(1500, 478, "solved: 475", va="bottom", color="0.4")
     axes.set(xscale="log", xlim=(1000, 500_000))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -413,6 +413,27 @@ def test_equation_9_has_the_deviation_of_the_elites_without_a_correction():
     assert drawn[1].std().item() == pytest.approx(half, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("search", "sizes"),
+    [(cem_q.argmax_grid, [21]), (cem_q.argmax_gradient, [8] * 6), (cem_q.argmax_cem, [32] * 2),
+     (cem_q.argmax_cmaes, [16] * 10)],
+)  # fmt: skip
+def test_what_a_search_asks_for_by_default(search, sizes):
+    """Points in each call of q_function; the last call of gradient compares its ends."""
+    asked = []
+    search(lambda a: asked.append(a.shape[1]) or a.sum(dim=-1), 2, 1)
+    assert asked == sizes
+
+
+def test_the_deviation_of_a_search_does_not_collapse():
+    for search, settings in (cem_q.argmax_cem, {"num_elites": 4}), (cem_q.argmax_cmaes, {}):
+        torch.manual_seed(0)
+        drawn = []
+        f = lambda a, drawn=drawn: drawn.append(a) or -a.square().sum(-1)  # noqa: E731
+        search(f, 500, 1, **settings, num_samples=32, iterations=40)
+        assert drawn[-1].std(dim=1).mean().item() == pytest.approx(0.05, rel=0.1)
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_no_gradient_flows_through_a_search(name):
     network, (search, settings, _) = cem_q.QNetwork(3, 2), SEARCHES[name]
