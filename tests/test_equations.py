@@ -128,6 +128,13 @@ def test_a_policy_of_nan_is_left_to_train_to_report(script, discrete):
     assert distribution.log_prob(actions).isnan().all()
 
 
+def test_rollout_samples_from_the_policy(script):
+    torch.manual_seed(0)
+    vector_env = script.make_envs("Counting-v0", 200)
+    trajectories = script.rollout(vector_env, script.Policy(2, 2, True))
+    assert 0.2 < trajectories.actions[:, 0].float().mean() < 0.8
+
+
 def test_greedy_rollout_takes_the_mode_and_a_seed_fixes_it(script):
     policy, vector_env = script.Policy(2, 2, False), script.make_envs("CountingBox-v0", 16)
     one = script.rollout(vector_env, policy, seed=5, greedy=True)

@@ -435,6 +435,23 @@ def test_the_deviation_of_a_search_does_not_collapse():
 
 
 @pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_keeps_no_graph(name):
+    """But for that of gradient; and argmax_action keeps none around any search."""
+    enabled, (search, settings, _) = [], SEARCHES[name]
+
+    def q_function(actions):
+        enabled.append(torch.is_grad_enabled())
+        return actions.sum(dim=-1)
+
+    search(q_function, 2, 1, **settings)
+    assert set(enabled) == {name == "gradient"}
+    enabled.clear()
+    q_network = lambda obs, actions: q_function(actions)  # noqa: E731
+    cem_q.argmax_action(q_network, torch.zeros(2, 3), lambda q, B: q(torch.zeros(B, 4, 1)))
+    assert enabled == [False]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
 def test_no_gradient_flows_through_a_search(name):
     network, (search, settings, _) = cem_q.QNetwork(3, 2), SEARCHES[name]
     q_function = lambda a: network(torch.zeros(*a.shape[:2], 3), a)  # noqa: E731
