@@ -174,6 +174,8 @@ def test_equation_5_average_baseline_leaves_the_episode_out():
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     expected = torch.tensor([[6.0, 2.5, 0.0], [4.5, 2.5, 1.5], [7.5, 5.0, 1.5]])
     assert torch.equal(pg_baseline.average_baseline(returns, mask), expected)
+    two = pg_baseline.average_baseline(returns[:2], mask[:2])
+    assert torch.equal(two, torch.tensor([[9.0, 5.0, 0.0], [6.0, 5.0, 3.0]]))
     alone = pg_baseline.average_baseline(returns[:1], mask[:1])
     assert torch.equal(alone, torch.zeros(1, 3))
 
