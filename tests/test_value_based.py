@@ -179,6 +179,8 @@ def test_equation_9_of_small_errors():
     torch.testing.assert_close(buffer.priorities[:2], torch.tensor([1e-3, 0.5]))
     buffer.add(*rows(2))
     assert buffer.priorities[2] == buffer.priorities[1]
+    buffer.update_priorities(torch.arange(1), torch.tensor([torch.nan]), alpha=0.5)
+    assert buffer.priorities[0] == 1  # multinomial draws on, until train reports it
 
 
 @pytest.mark.parametrize("module", CONTINUOUS)
@@ -200,6 +202,22 @@ def test_equation_1_adds_noise_to_the_best_action_and_stays_in_the_box(module):
     noise = (select(0.01) - best)[best.abs() < 0.9]
     assert len(noise) == 0 or noise.std().item() == pytest.approx(0.01, rel=0.1)
     assert select(5.0).abs().max() == 1 and select(5.0).shape == (2000, 2)
+
+
+def test_equation_1_draws_its_noise_from_torch():
+    """With one seed, select_actions and ou_noise add the same numbers."""
+    obs, zeros = torch.randn(6, 3), torch.zeros(6, 2)
+    network, grid = cem_q.QNetwork(3, 2), lambda q, B: cem_q.argmax_grid(q, B, 2, 5)
+    best = cem_q.argmax_action(network, obs, grid)
+    noisy = {0: (cem_q.select_actions, (network, obs, grid, 0.1), best)}
+    network = naf.NAFNetwork(3, 2)
+    noisy[1] = (naf.select_actions, (network, obs, 0.1), network(obs)[0])
+    noisy[2] = (ddpg_continuous.ou_noise, (zeros + 0.4, 0.25, 0.1), zeros + 0.3)
+    for function, arguments, mean in noisy.values():
+        torch.manual_seed(0)
+        ours = function(*arguments)
+        torch.manual_seed(0)
+        torch.testing.assert_close(ours, (mean + 0.1 * torch.randn(6, 2)).clamp(-1, 1))
 
 
 def test_equation_2_argmax_action_pairs_each_observation_with_its_own_action():
