@@ -54,6 +54,10 @@ def test_equations_4_and_7_td_target_picks_with_one_network_and_values_with_the_
     assert torch.equal(plain, torch.tensor([1 + 10.0, 2 + 15.0, 4.0]))
     double = dqn.td_target(BATCH, online, target, 0.5, double_q=True)
     assert torch.equal(double, torch.tensor([1 + 5.0, 2 + 4.0, 4.0]))
+    batches = dqn.Batch(*(torch.stack([x, x]) for x in BATCH))  # of any leading dimensions
+    for double_q, expected in {False: plain, True: double}.items():
+        y = dqn.td_target(batches, online, target, 0.5, double_q)
+        assert torch.equal(y, torch.stack([expected, expected]))
 
 
 def test_no_gradient_flows_into_equation_4(value_script, spy):
