@@ -406,7 +406,7 @@ def test_equation_9_weights_undo_the_priorities():
     buffer = dqn.PrioritizedReplayBuffer(4, (1,), (), torch.int64, "cpu")
     x = torch.tensor([1.0, -2.0, 3.0, 5.0])
     buffer.add(x[:, None], x.long(), x, x[:, None], x)
-    buffer.update_priorities(torch.arange(4), torch.tensor([1.0, 2.0, 4.0, 8.0]), alpha=1.0)
+    buffer.update_priorities(torch.arange(4), torch.tensor([2.0, 4.0, 8.0, 16.0]), alpha=1.0)
     P = buffer.priorities / buffer.priorities.sum()
     for beta, expected in {1.0: 1.75, 0.4: 2.5193, 0.0: 45 / 15 + 4 / 15}.items():
         torch.manual_seed(0)
