@@ -155,6 +155,17 @@ def test_equation_3_samples_what_the_replay_buffer_holds_and_all_of_it(value_scr
     assert counts[:50].sum() == 0 and counts[50:].min() > 220 and counts.max() < 380
 
 
+def test_equation_3_is_uniform_to_one_part_in_a_million(value_script, monkeypatch):
+    """ReplayBuffer.sample takes a number modulo the count: it must be far larger."""
+    highs, randint = [], torch.randint
+    spy = lambda high, *x, **y: highs.append(high) or randint(high, *x, **y)  # noqa: E731
+    monkeypatch.setattr(torch, "randint", spy)
+    buffer = buffer_of(value_script.ReplayBuffer, 10)
+    buffer.add(*rows(1, 2))
+    buffer.sample(5)
+    assert highs[0] >= 2**40
+
+
 def test_equation_9_priorities_and_weights():
     torch.manual_seed(0)
     buffer = buffer_of(dqn.PrioritizedReplayBuffer, 8)
