@@ -33,6 +33,14 @@ def test_equation_1_has_a_coin_for_each_env():
     assert best == pytest.approx(0.8, abs=0.04)
 
 
+def test_equation_1_never_explores_at_epsilon_0(monkeypatch):
+    """select_actions draws from [0, 1): a 0 is less than any ε but this one."""
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    table, obs = Table([[0.0, 3.0, 1.0]]), torch.zeros(3000, 1)
+    assert dqn.select_actions(table, obs, 0.0).eq(1).all()
+    assert not dqn.select_actions(table, obs, 0.1).eq(1).all()
+
+
 def test_equation_2_epsilon_falls_and_stays():
     values = [dqn.epsilon_at(step, 1.0, 0.2, 100) for step in (0, 50, 100, 101, 10**9)]
     assert values == pytest.approx([1.0, 0.6, 0.2, 0.2, 0.2])
