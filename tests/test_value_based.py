@@ -33,6 +33,13 @@ def test_equation_1_has_a_coin_for_each_env():
     assert best == pytest.approx(0.8, abs=0.04)
 
 
+def test_acting_keeps_no_graph():
+    enabled = []
+    network = lambda obs: enabled.append(torch.is_grad_enabled()) or torch.zeros(3, 2)  # noqa: E731
+    dqn.select_actions(network, torch.zeros(3, 1), 0.5)
+    assert enabled == [False]
+
+
 def test_equation_1_never_explores_at_epsilon_0(monkeypatch):
     """select_actions draws from [0, 1): a 0 is less than any ε but this one."""
     monkeypatch.setattr(torch, "rand", torch.zeros)
