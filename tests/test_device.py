@@ -107,7 +107,7 @@ def test_a_whole_run_is_on_its_device(module, own, device, monkeypatch):
         settings = {k: v for k, v in settings.items() if hasattr(module.Args, k)}
     returns = module.train(module.Args(**settings, device=device, wandb_mode="disabled"))
     assert returns.isfinite().all()
-    networks = [module for module in kept.values() if isinstance(module, torch.nn.Module)]
+    networks = [net for net in kept.values() if isinstance(net, torch.nn.Module)]
     tensors = [x for net in networks for x in (*net.parameters(), *net.buffers())]
     tensors += [x for x in tree_leaves(kept["optimizer"].state_dict()) if hasattr(x, "device")]
     assert {x.device.type for x in tensors if x.dim()} == {device}

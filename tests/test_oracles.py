@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cma
 import envs  # noqa: F401
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -426,9 +427,7 @@ def test_equation_9_weights_undo_the_priorities():
 )
 def test_equation_4_is_the_bellman_operator_of_frozen_lake(slippery, expected):
     """Iterated on all transitions at once, it converges to Q*."""
-    import gymnasium
-
-    model = gymnasium.make("FrozenLake-v1", is_slippery=slippery).unwrapped.P
+    model = gym.make("FrozenLake-v1", is_slippery=slippery).unwrapped.P
     rows = [(s, a, *x) for s in model for a in model[s] for x in model[s][a]]
     s, a, p, next_s, r, ends = (torch.tensor(x).float() for x in zip(*rows))
     batch = dqn.Batch(s[:, None], a.long(), r, next_s[:, None], ends)
