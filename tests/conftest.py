@@ -1,3 +1,4 @@
+import copy
 import importlib
 import json
 import os
@@ -10,6 +11,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 import wandb
+from problems import planar_lqr, scalar_lqr, small_mdp
+
+import pg_baseline
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["reinforce", "pg_baseline", "offpolicy_pg"]
@@ -20,6 +24,11 @@ VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 # the flags about the machine or the log, which leave what is learned as it is
 INERT = {"device", "num_threads", "eval_episodes", "checkpoint_frequency"}
 INERT |= {"wandb_mode", "wandb_project", "capture_video"}
+
+# short runs
+TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 2, "wandb_mode": "disabled"}
+VALUE_TINY = {"total_timesteps": 400, "num_envs": 4, "eval_episodes": 3, "learning_starts": 100}
+VALUE_TINY |= {"wandb_mode": "disabled", "batch_size": 16}
 
 STARTED = []  # processes of the test that runs
 
@@ -103,3 +112,104 @@ def script(request):
 @pytest.fixture(params=VALUE_MODULES, ids=VALUE_BASED)
 def value_script(request):
     return request.param
+
+
+@pytest.fixture
+def mdp():
+    return small_mdp()
+
+
+@pytest.fixture
+def policy():
+    """One for the states and actions of `mdp`."""
+    torch.manual_seed(0)
+    return pg_baseline.Policy(2, 2, discrete=True).double()
+
+
+@pytest.fixture(params=[scalar_lqr, planar_lqr], ids=["one action", "two actions"])
+def lqr(request):
+    return request.param()
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name): the arguments and the result of every later call of owner.name."""
+
+    def install(owner, name):
+        calls, original = [], getattr(owner, name)
+
+        def record(*args, **kwargs):
+            calls.append((args, original(*args, **kwargs)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(owner, name, record)
+        return calls
+
+    return install
+
+
+@pytest.fixture
+def learning_rates(monkeypatch):
+    """The learning rate of every later step of Adam."""
+    rates, step = [], torch.optim.Adam.step
+
+    def record(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    return rates
+
+
+@pytest.fixture
+def record(monkeypatch, spy):
+    """record(module, **settings): `train` of a policy-gradient script, call by call.
+
+    For each call of policy_loss a dict of its batch, its three arguments, and the networks as they
+    were then.
+    """
+
+    def run(module, **settings):
+        names = [name for name in ("Policy", "ValueNetwork") if hasattr(module, name)]
+        made = {name: spy(module, name) for name in names}
+        rollouts, calls, policy_loss = spy(module, "rollout"), [], module.policy_loss
+
+        def record_call(log_probs, psi, mask):
+            call = {"log_probs": log_probs.detach(), "psi": psi.detach(), "mask": mask}
+            _, call["batch"] = rollouts[-1]
+            for name, networks in made.items():
+                call[name] = copy.deepcopy(networks[-1][1])
+            calls.append(call)
+            return policy_loss(log_probs, psi, mask)
+
+        monkeypatch.setattr(module, "policy_loss", record_call)
+        module.train(module.Args(**{**TINY, **settings}))
+        assert len(calls) > 2
+        return calls
+
+    return run
+
+
+def check_common(call):
+    """The loss is that of the recorded batch, at the log-probs of the recorded policy."""
+    batch, policy = call["batch"], call["Policy"]
+    torch.testing.assert_close(call["log_probs"], policy(batch.obs).log_prob(batch.actions))
+    assert torch.equal(call["mask"], batch.mask)
+
+
+@pytest.fixture
+def filled_buffer(monkeypatch):
+    """filled_buffer(module, env_id, **settings): all that a run has kept."""
+
+    def run(module, env_id, **settings):
+        made, init = [], module.ReplayBuffer.__init__
+
+        def record(self, *args):
+            init(self, *args)
+            made.append(self)
+
+        monkeypatch.setattr(module.ReplayBuffer, "__init__", record)
+        module.train(module.Args(env_id=env_id, **{**VALUE_TINY, **settings}))
+        return made[0]
+
+    return run

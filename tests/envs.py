@@ -110,3 +110,8 @@ REFUSED = {
 }
 for env_id, spaces in REFUSED.items():
     gym.register(env_id, Spaces, kwargs={"observation_space": spaces[0], "action_space": spaces[1]})
+
+
+def counting(module, kind="Counting"):
+    """The id of that env with actions for a value-based script."""
+    return f"{kind}-v0" if module.__name__ == "dqn" else f"{kind}Box-v0"

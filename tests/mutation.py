@@ -3,8 +3,9 @@
 python tests/mutation.py dqn naf     # all seven scripts without arguments; minutes each
 
 Cosmic Ray makes the changes, one at a time: arithmetic operators, comparisons, numbers, booleans,
-loops and decorators, from the first network to the last function before `make_envs`. Each is run
-in a process of its own, forked when PyTorch is loaded, which saves most of the time.
+loops and decorators, from the first network to the last function before `train`. Each is run in a
+process of its own, forked when PyTorch is loaded, which saves most of the time. The script's own
+tests come first, as the first failure ends a run.
 """
 
 import importlib
@@ -26,10 +27,11 @@ from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import WorkDB, use_db
 
 ROOT = Path(__file__).resolve().parents[1]
-POLICY_GRADIENT = ["test_equations", "test_train", "test_oracles", "test_device"]
-VALUE_BASED = ["test_value_based", "test_updates", "test_oracles", "test_device"]
+POLICY_GRADIENT = ["test_policy_gradient", "test_device"]
+VALUE_BASED = ["test_buffer", "test_value_based", "test_device"]
 SUITES = dict.fromkeys(["reinforce", "pg_baseline", "offpolicy_pg"], POLICY_GRADIENT)
 SUITES |= dict.fromkeys(["dqn", "cem_q", "naf", "ddpg_continuous"], VALUE_BASED)
+SUITES = {script: [f"test_{script}", *shared] for script, shared in SUITES.items()}
 OPERATORS = re.compile(  # the rest makes errors of type, which any test sees
     r"core/(ReplaceBinaryOperator_(Add|Sub|Mul|Div|Mod|Pow)_(Add|Sub|Mul|Div)"
     r"|ReplaceComparisonOperator_\w+_(Eq|NotEq|Lt|LtE|Gt|GtE)|ReplaceUnaryOperator_Delete_\w+"
@@ -44,7 +46,7 @@ def mutants(script):
     source = path.read_text()
     lines = source.splitlines()
     first = [i for i, line in enumerate(lines) if line.startswith("class ")][1]
-    last = next(i for i, line in enumerate(lines) if line.startswith("def make_envs"))
+    last = next(i for i, line in enumerate(lines) if line.startswith("def train"))
     with use_db(":memory:", WorkDB.Mode.create) as db:
         init([path], db, {})
         for item in db.pending_work_items:

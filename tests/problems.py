@@ -9,6 +9,22 @@ from torch.distributions import Categorical, Independent, Normal
 
 from pg_baseline import Trajectories, optimal_baseline, trajectory_gradients
 
+# two episodes, one of three steps and one of two
+REWARDS = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
+MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+
+
+def close(ours, expected, atol=1e-9, rtol=1e-7):
+    """Numbers or tensors of any kind, compared in float64."""
+    ours = torch.as_tensor(ours, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol)
+
+
+def flat_grad(value, policy):
+    """∇ of `value` with respect to all parameters of the policy, in one row."""
+    return torch.cat([x.flatten() for x in torch.autograd.grad(value, list(policy.parameters()))])
+
 
 class Tabular(nn.Module):
     """Softmax policy with a logit for each state and action; states are one-hot."""
@@ -130,6 +146,13 @@ def probabilities(policy, episodes: Trajectories, dynamics: Tensor) -> Tensor:
     return dynamics * (mask * policy(obs).log_prob(actions)).sum(dim=1).exp()
 
 
+def exact_gradient(mdp: MDP, policy) -> Tensor:
+    """∇ Σ_τ p_φ(τ) R(τ), without a score."""
+    episodes, dynamics = mdp.episodes()
+    J = probabilities(policy, episodes, dynamics) @ episodes.rewards.sum(dim=1)
+    return flat_grad(J, policy)
+
+
 def moments(policy, episodes: Trajectories, p: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
     """Of the estimate by one episode of probability p: mean, (P,), and total variance."""
     obs, actions, _, mask = episodes
@@ -160,6 +183,14 @@ def all_actions(T: int, reward=lambda actions: 0.0 * actions) -> Trajectories:
     actions = torch.tensor(list(itertools.product([0, 1], repeat=T)))
     mask = torch.ones(actions.shape, dtype=torch.float64)
     return Trajectories(mask.unsqueeze(-1), actions, reward(actions.double()), mask)
+
+
+def corridor_return(p):
+    """J of going right with probability p in Corridor-v0 of envs.py.
+
+    The short corridor with switched actions (Sutton and Barto, example 13.1).
+    """
+    return 2 * (p - 2) / (p * (1 - p))
 
 
 def bimodal(a: Tensor) -> Tensor:
@@ -199,3 +230,40 @@ def planar_lqr() -> LQR:
     """Two states and two actions, all coupled."""
     B, R = [[0.6, 0.2], [-0.1, 0.5]], [[0.5, 0.2], [0.2, 0.3]]
     return LQR([[0.9, 0.3], [-0.2, 1.0]], B, [[1.0, 0.3], [0.3, 0.6]], R, 0.9)
+
+
+def states(lqr: LQR) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(50, len(lqr.A), dtype=torch.float64)
+
+
+def lqr_batch(module, lqr: LQR):
+    """Transitions by actions that have nothing to do with the best ones."""
+    x = states(lqr)
+    u = torch.randn(len(x), lqr.B.shape[1], dtype=torch.float64)
+    rewards, next_x = lqr.step(x, u)
+    return module.Batch(x, u, rewards, next_x, torch.zeros_like(rewards))
+
+
+def policy_cost(lqr: LQR, K: Tensor, P: Tensor) -> Tensor:
+    """One more step of u = -K x before the cost xᵀ P x."""
+    closed = lqr.A - lqr.B @ K
+    return lqr.Q + K.mT @ lqr.R @ K + lqr.gamma * closed.mT @ P @ closed
+
+
+def continuous_batch(module):
+    """Four transitions of rewards 0 to 3; the second and the last end their episodes."""
+    obs, next_obs = torch.randn(2, 4, 3)
+    terminations = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    return module.Batch(obs, torch.rand(4, 2), torch.arange(4.0), next_obs, terminations)
+
+
+def buffer_of(kind, capacity):
+    """A replay buffer of that class, for `transitions`."""
+    return kind(capacity, (1,), (), torch.int64, "cpu")
+
+
+def transitions(*values):
+    """For each value v a transition in which s, a, r and `terminated` are v, and s' is v + 1."""
+    x = torch.tensor(values)
+    return x[:, None].float(), x, x.float(), x[:, None].float() + 1, x.float()

@@ -1,0 +1,120 @@
+"""ddpg_continuous.py: its noise, its critic and its actor, by hand, exactly, and in `train`."""
+
+import pytest
+import torch
+from conftest import VALUE_TINY
+from envs import counting
+from problems import close, continuous_batch, lqr_batch, policy_cost, scalar_lqr, states
+from torch import nn
+
+import ddpg_continuous
+
+# Equations by hand
+
+
+def test_ddpg_noise():
+    actor, obs = ddpg_continuous.Actor(3, 2), torch.randn(50, 3)
+    noisy = ddpg_continuous.select_actions(actor, obs, torch.tensor([0.4, -0.3]).expand(50, -1))
+    torch.testing.assert_close(noisy, (actor(obs) + torch.tensor([0.4, -0.3])).clamp(-1, 1))
+    torch.manual_seed(0)
+    noise, ou = torch.full((20_000, 2), 10.0), ddpg_continuous.ou_noise
+    nearer = ou(noise, 0.25, 0.5)
+    assert nearer.mean().item() == pytest.approx(7.5, abs=0.02)
+    assert nearer.std().item() == pytest.approx(0.5, abs=0.02)
+    white = ou(noise, 1.0, 0.5)
+    assert white.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert torch.corrcoef(white.T)[0, 1].abs() < 0.03
+
+
+def test_ddpg_target_and_actor_gradient_by_hand():
+    actor, critic = ddpg_continuous.Actor(3, 2), ddpg_continuous.QNetwork(3, 2)
+    batch = continuous_batch(ddpg_continuous)
+    q = critic(batch.next_obs, actor(batch.next_obs)).detach()
+    expected = torch.tensor([0 + 0.9 * q[0], 1.0, 2 + 0.9 * q[2], 3.0])
+    torch.testing.assert_close(ddpg_continuous.td_target(batch, actor, critic, 0.9), expected)
+    loss = ddpg_continuous.actor_loss(actor, critic, batch.obs)
+    ours = torch.autograd.grad(loss, list(actor.parameters()))
+    actions = actor(batch.obs)
+    leaf = actions.detach().requires_grad_()
+    (dq_da,) = torch.autograd.grad(critic(batch.obs, leaf).sum(), leaf)
+    by_chain_rule = torch.autograd.grad(actions, list(actor.parameters()), -dq_da / 4)
+    for one, two in zip(ours, by_chain_rule):
+        torch.testing.assert_close(one, two)
+
+
+# Exact oracles
+
+
+class LinearActor(nn.Module):
+    def __init__(self, K):
+        super().__init__()
+        self.K = nn.Parameter(torch.as_tensor(K, dtype=torch.float64))
+
+    def forward(self, x):
+        return -x @ self.K.mT
+
+
+@pytest.mark.parametrize(
+    ("k", "J", "gradient"), [(0.3, -1.949911, 3.321802), (0.8, -1.701245, -1.024431)]
+)
+def test_ddpg_is_the_deterministic_policy_gradient(k, J, gradient):
+    """Of u = -k x: dJ/dk is the critic's slope at the discounted second moment of the states."""
+    lqr, actor = scalar_lqr(), LinearActor([[k]])
+    P = torch.tensor([[(1 + k * k) / (1 - 0.9 * (1 - k) ** 2)]]).double()
+    batch = lqr_batch(ddpg_continuous, lqr)
+    critic = lambda x, u: lqr.q(x, u, P)  # noqa: E731
+    y = ddpg_continuous.td_target(batch, actor, critic, 0.9)
+    close(y, critic(batch.obs, batch.actions))  # Q of the policy: TD error 0
+    close(-P.item(), J, rtol=1e-6)
+    x = torch.tensor([[(1 / (1 - 0.9 * (1 - k) ** 2)) ** 0.5]]).double()
+    (ours,) = torch.autograd.grad(-ddpg_continuous.actor_loss(actor, critic, x), actor.K)
+    close(ours, [[gradient]], rtol=1e-6)
+
+
+def test_ddpg_learns_the_lqr_by_policy_iteration(lqr):
+    """A step of evaluation, as (4), and one of (7) towards the top of Q: K is Riccati's."""
+    actor = LinearActor(torch.zeros_like(lqr.K))
+    x, P = states(lqr), torch.eye(len(lqr.A), dtype=torch.float64)
+    adam = torch.optim.Adam(actor.parameters(), 0.02)
+    for _ in range(600):
+        P = policy_cost(lqr, actor.K.detach(), P)
+        loss = ddpg_continuous.actor_loss(actor, lambda x, u, P=P: lqr.q(x, u, P), x)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    close(actor.K.detach(), lqr.K, atol=1e-2)
+
+
+# What `train` does
+
+
+def test_train_of_ddpg_starts_each_episode_with_new_noise(spy):
+    steps = spy(ddpg_continuous, "ou_noise")
+    args = {
+        **VALUE_TINY,
+        "env_id": counting(ddpg_continuous),
+        "ou_theta": 0.2,
+        "exploration_noise": 0.3,
+    }
+    ddpg_continuous.train(ddpg_continuous.Args(**args))
+    assert all(args[1:] == (0.2, 0.3) for args, _ in steps)
+    kept = reset = 0
+    for (_, before), ((noise, *_), _) in zip(steps, steps[1:]):
+        rows = (noise == before).all(dim=1)
+        assert noise[~rows].eq(0).all()
+        kept, reset = kept + int(rows.sum()), reset + int((~rows).sum())
+    assert kept > reset > 50
+
+
+def test_train_of_ddpg_steps_the_actor_alone_on_the_actors_loss(monkeypatch):
+    """Between the critic's step and the next zero_grad, the critic's gradient is the critic's."""
+    made, loss = [], ddpg_continuous.actor_loss
+
+    def record(actor, q_network, obs):
+        made.append((q_network, [p.grad.clone() for p in q_network.parameters()]))
+        return loss(actor, q_network, obs)
+
+    monkeypatch.setattr(ddpg_continuous, "actor_loss", record)
+    ddpg_continuous.train(ddpg_continuous.Args(**VALUE_TINY))
+    network, last = made[-1]
+    assert all(torch.equal(p.grad, before) for p, before in zip(network.parameters(), last))

@@ -1,0 +1,226 @@
+"""What reinforce.py, pg_baseline.py and offpolicy_pg.py share, and what holds for all of them."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from envs import UNEVEN
+from problems import MASK, REWARDS, close, exact_gradient, probabilities
+from scipy.optimize import approx_fprime
+from torch import nn
+from torch.distributions import Normal
+
+import offpolicy_pg
+import pg_baseline
+import reinforce
+
+# Equations by hand
+
+
+@pytest.mark.parametrize("env_id", ["Counting-v0", "Truncating-v0", "CountingBox-v0"])
+def test_equation_1_rollout_is_one_whole_episode_of_each_env(script, env_id):
+    torch.manual_seed(0)
+    vector_env = script.make_envs(env_id, 8)
+    action_space = vector_env.single_action_space
+    discrete = isinstance(action_space, gym.spaces.Discrete)
+    policy = script.Policy(2, 2, discrete)
+    trajectories = script.rollout(vector_env, policy)
+    obs, actions, rewards, mask = trajectories[:4]
+    lengths = obs[:, 0, 0]
+    assert len(lengths.unique()) > 1
+    assert obs.shape == (8, int(lengths.max()), 2) and obs.dtype == torch.float32
+    assert torch.equal(mask.sum(dim=1), lengths)
+    t = torch.arange(obs.shape[1])
+    assert torch.equal(mask, (t < lengths[:, None]).float())
+    live = mask.bool()
+    assert torch.equal(obs[..., 1][live], t.expand(8, -1)[live].float())
+    seen = torch.as_tensor(script.env_actions(actions, action_space), dtype=torch.float32)
+    expected = 100 * t + (seen if discrete else seen.sum(dim=-1))
+    torch.testing.assert_close(rewards, mask * expected)
+
+
+def test_rollout_draws_new_episodes_from_torch_alone(script):
+    policy, vector_env = script.Policy(2, 2, True), script.make_envs("Counting-v0", 32)
+    torch.manual_seed(3)
+    first, second = script.rollout(vector_env, policy), script.rollout(vector_env, policy)
+    torch.manual_seed(3)
+    again = script.rollout(script.make_envs("Counting-v0", 32), policy)
+    assert not torch.equal(first.obs[:, 0], second.obs[:, 0])
+    assert all(torch.equal(x, y) for x, y in zip(first, again))
+
+
+def test_rollout_draws_env_seeds_from_31_bits(script):
+    """So that seed + i is one, too, for the last of N envs."""
+    vector_env, policy = script.make_envs("OneStep-v0", 5), script.Policy(1, 3, True)
+    reset, seeds = vector_env.reset, []
+
+    def record(seed):
+        seeds.append(seed)
+        return reset(seed=seed)
+
+    vector_env.reset = record
+    for _ in range(40):
+        script.rollout(vector_env, policy)
+    assert 2**30 < max(seeds) <= 2**31 - 5 and min(seeds) >= 0 and len(set(seeds)) == 40
+
+
+def test_rollout_samples_from_the_policy(script):
+    torch.manual_seed(0)
+    vector_env = script.make_envs("Counting-v0", 200)
+    trajectories = script.rollout(vector_env, script.Policy(2, 2, True))
+    assert 0.2 < trajectories.actions[:, 0].float().mean() < 0.8
+
+
+def test_greedy_rollout_takes_the_mode_and_a_seed_fixes_it(script):
+    policy, vector_env = script.Policy(2, 2, False), script.make_envs("CountingBox-v0", 16)
+    one = script.rollout(vector_env, policy, seed=5, greedy=True)
+    two = script.rollout(vector_env, policy, seed=5, greedy=True)
+    assert torch.equal(one.rewards, two.rewards)
+    torch.testing.assert_close(one.actions, policy(one.obs).mode)
+    assert not torch.equal(one.obs[:, 0], script.rollout(vector_env, policy, seed=6).obs[:, 0])
+
+
+def test_rollout_copies_observations_an_env_reuses(script):
+    vector_env = script.make_envs("Counting-v0", 4)
+    vector_env.copy = False
+    obs = script.rollout(vector_env, script.Policy(2, 2, True)).obs
+    assert obs[0, 0, 1] == 0 and obs[0, 1, 1] == 1
+
+
+def test_env_actions_clip_and_scale_to_a_lopsided_box(script):
+    actions = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [0.5, -0.5], [-7.0, 7.0]])
+    expected = np.array([[-1.0, 10.0], [1.0, 5.0], [2.0, 2.5], [-1.0, 10.0]], "f4")
+    np.testing.assert_array_equal(script.env_actions(actions, UNEVEN), expected)
+    assert script.env_actions(actions, UNEVEN).dtype == np.float32
+    space = gym.spaces.Box(-1.0, 0.1, (1,), np.float32)  # (0.1 - -1) + -1 is more than 0.1
+    assert all(space.contains(a) for a in script.env_actions(torch.tensor([[1.0], [9.0]]), space))
+
+
+def test_env_actions_of_a_discrete_space_that_starts_at_3(script):
+    actions = script.env_actions(torch.tensor([0, 1, 2]), gym.spaces.Discrete(3, start=3))
+    np.testing.assert_array_equal(actions, [3, 4, 5])
+
+
+def test_equation_2_policy_loss_sums_over_time_and_averages_over_episodes(script):
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]], requires_grad=True)
+    psi = torch.tensor([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
+    loss = script.policy_loss(log_probs, psi, MASK)
+    assert loss.item() == (10 + 40 + 90 + 160 + 250) / 2
+    loss.backward()
+    assert torch.equal(log_probs.grad, -MASK * psi / 2)
+
+
+def test_equation_2_with_unit_weights_is_behaviour_cloning(script):
+    policy = script.Policy(3, 4, discrete=True)
+    obs, actions = torch.randn(5, 7, 3), torch.randint(4, (5, 7))
+    ones = torch.ones(5, 7)
+    imitation = torch.nn.functional.cross_entropy(
+        policy.network(obs).flatten(0, 1), actions.flatten(), reduction="sum"
+    )
+    loss = script.policy_loss(policy(obs).log_prob(actions), ones, ones)
+    expected = torch.autograd.grad(imitation / 5, list(policy.parameters()))
+    for ours, theirs in zip(torch.autograd.grad(loss, list(policy.parameters())), expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gaussian_policy_has_one_log_prob_an_action_and_does_not_clip(script):
+    policy = script.Policy(3, 2, discrete=False)
+    assert policy.log_std.tolist() == [-0.5, -0.5]
+    with torch.no_grad():
+        policy.log_std.copy_(torch.tensor([0.3, -1.2]))
+    obs, actions = torch.randn(4, 5, 3), 10 * torch.randn(4, 5, 2)
+    distribution = policy(obs)
+    mean, std = policy.network(obs), torch.tensor([0.3, -1.2]).exp()
+    expected = Normal(mean, std).log_prob(actions)
+    log_probs = distribution.log_prob(actions)
+    assert log_probs.shape == (4, 5)
+    torch.testing.assert_close(log_probs, expected[..., 0] + expected[..., 1])
+    assert torch.equal(distribution.mode, mean)
+
+
+def test_categorical_policy(script):
+    policy = script.Policy(3, 4, discrete=True)
+    obs = torch.randn(6, 3)
+    logits = policy.network(obs)
+    assert torch.equal(policy(obs).mode, logits.argmax(dim=-1))
+    actions = torch.tensor([0, 1, 2, 3, 0, 1])
+    expected = logits.log_softmax(dim=-1)[torch.arange(6), actions]
+    torch.testing.assert_close(policy(obs).log_prob(actions), expected)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_a_policy_of_nan_is_left_to_train_to_report(script, discrete):
+    distribution = script.Policy(2, 2, discrete)(torch.full((1, 2), torch.nan))
+    actions = torch.zeros(1, dtype=torch.int64) if discrete else torch.zeros(1, 2)
+    assert distribution.log_prob(actions).isnan().all()
+
+
+def test_equation_4_reward_to_go(script):
+    undiscounted = torch.tensor([[6.0, 5.0, 3.0], [9.0, 5.0, 0.0]])
+    assert torch.equal(script.reward_to_go(REWARDS, 1.0), undiscounted)
+    discounted = torch.tensor([[2.75, 3.5, 3.0], [6.5, 5.0, 0.0]])
+    assert torch.equal(script.reward_to_go(REWARDS, 0.5), discounted)
+    assert torch.equal(script.reward_to_go(REWARDS, 0.0), REWARDS)
+    assert torch.equal(script.reward_to_go(REWARDS[:, :1], 0.9), REWARDS[:, :1])
+
+
+# Exact oracles
+
+
+def test_the_enumeration_is_whole_and_agrees_with_the_values(mdp, policy):
+    episodes, dynamics = mdp.episodes()
+    p = probabilities(policy, episodes, dynamics)
+    close(p.sum(), 1.0)
+    assert len(episodes.mask.sum(dim=1).unique()) == 3  # episodes of 1, 2 and 3 steps
+    _, V = mdp.values(policy)
+    close(p @ episodes.rewards.sum(dim=1), mdp.start @ V[0])
+
+
+def test_the_exact_gradient_is_that_of_finite_differences(mdp, policy):
+    """The oracle of what follows, checked against J alone, by backward induction."""
+    theta = nn.utils.parameters_to_vector(policy.parameters()).detach()
+
+    def J(x):
+        nn.utils.vector_to_parameters(torch.from_numpy(x), policy.parameters())
+        return (mdp.start @ mdp.values(policy)[1][0]).item()
+
+    differences = approx_fprime(theta.numpy(), J, 1e-6)
+    nn.utils.vector_to_parameters(theta, policy.parameters())
+    close(exact_gradient(mdp, policy), differences, atol=1e-5)
+
+
+# What `train` does
+
+
+@pytest.mark.parametrize("module", [pg_baseline, offpolicy_pg])
+def test_the_value_network_is_fitted_on_the_returns_and_only_after_its_use(record, module):
+    calls = record(module, value_learning_rate=0.02, seed=4, total_timesteps=1500)
+    torch.manual_seed(4)
+    module.Policy(4, 2, True)
+    fresh, first, last = module.ValueNetwork(4), calls[0]["ValueNetwork"], calls[-1]["ValueNetwork"]
+    assert all(torch.equal(x, y) for x, y in zip(fresh.parameters(), first.parameters()))
+    batch = [call["batch"] for call in calls if call["batch"] is not calls[-1]["batch"]][-1]
+    returns = module.reward_to_go(batch.rewards, 1.0)[batch.mask.bool()]
+    error = (last(batch.obs)[batch.mask.bool()] - returns).square().mean()
+    assert error < 0.5 * returns.square().mean()
+
+
+@pytest.mark.parametrize("module", [reinforce, pg_baseline])
+def test_the_step_size_decreases_with_the_env_steps(module, learning_rates, logged):
+    module.train(module.Args(**TINY, learning_rate=0.5, decay_steps=100))
+    rates = [rate for rate in learning_rates if rate != 0.01]  # that is V's
+    steps = [0] + [row["global_step"] for row in logged[:-2]]
+    assert rates == [0.5 / (1 + n / 100) for n in steps]
+
+
+def test_the_logged_return_and_length_are_means_over_episodes(script, logged, spy):
+    rollouts = spy(script, "rollout")
+    returns = script.train(script.Args(**TINY))
+    steps = 0
+    for (_, batch), row in zip(rollouts[:-1], logged):  # the last rollout is the evaluation
+        steps += int(batch.mask.sum())
+        assert row["charts/episodic_return"] == pytest.approx(batch.rewards.sum().item() / 4)
+        assert row["charts/episodic_length"] == pytest.approx(batch.mask.sum().item() / 4)
+        assert row["global_step"] == steps
+    assert logged[-1]["eval/episodic_return"] == pytest.approx(returns.mean().item())
