@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 INERT = {"device", "num_threads", "eval_episodes", "checkpoint_frequency"}
 INERT |= {"wandb_mode", "wandb_project", "capture_video"}
 
-# short runs
+# settings of a short run: of a policy-gradient script, and of a value-based one
 TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 2, "wandb_mode": "disabled"}
 VALUE_TINY = {"total_timesteps": 400, "num_envs": 4, "eval_episodes": 3, "learning_starts": 100}
 VALUE_TINY |= {"wandb_mode": "disabled", "batch_size": 16}
@@ -131,16 +131,22 @@ def lqr(request):
     return request.param()
 
 
+class Call(NamedTuple):
+    args: tuple
+    result: Any
+
+
 @pytest.fixture
 def spy(monkeypatch):
-    """spy(owner, name): the arguments and the result of every later call of owner.name."""
+    """spy(owner, name) is the list of all later calls of owner.name."""
 
     def install(owner, name):
         calls, original = [], getattr(owner, name)
 
         def record(*args, **kwargs):
-            calls.append((args, original(*args, **kwargs)))
-            return calls[-1][1]
+            result = original(*args, **kwargs)
+            calls.append(Call(args, result))
+            return result
 
         monkeypatch.setattr(owner, name, record)
         return calls
@@ -150,7 +156,7 @@ def spy(monkeypatch):
 
 @pytest.fixture
 def learning_rates(monkeypatch):
-    """The learning rate of every later step of Adam."""
+    """The learning rates of all later steps of Adam."""
     rates, step = [], torch.optim.Adam.step
 
     def record(self, *args):
@@ -163,10 +169,10 @@ def learning_rates(monkeypatch):
 
 @pytest.fixture
 def record(monkeypatch, spy):
-    """record(module, **settings): `train` of a policy-gradient script, call by call.
+    """record(module, **settings) trains, and is what each call of policy_loss was given.
 
-    For each call of policy_loss a dict of its batch, its three arguments, and the networks as they
-    were then.
+    A call is a dict: the three arguments, the batch that they come from, and copies of the networks
+    as they were then.
     """
 
     def run(module, **settings):
@@ -176,9 +182,9 @@ def record(monkeypatch, spy):
 
         def record_call(log_probs, psi, mask):
             call = {"log_probs": log_probs.detach(), "psi": psi.detach(), "mask": mask}
-            _, call["batch"] = rollouts[-1]
+            call["batch"] = rollouts[-1].result
             for name, networks in made.items():
-                call[name] = copy.deepcopy(networks[-1][1])
+                call[name] = copy.deepcopy(networks[-1].result)
             calls.append(call)
             return policy_loss(log_probs, psi, mask)
 
@@ -190,8 +196,8 @@ def record(monkeypatch, spy):
     return run
 
 
-def check_common(call):
-    """The loss is that of the recorded batch, at the log-probs of the recorded policy."""
+def check_log_probs_and_mask(call):
+    """The log-probs of a recorded call are those of its policy; the mask is that of its batch."""
     batch, policy = call["batch"], call["Policy"]
     torch.testing.assert_close(call["log_probs"], policy(batch.obs).log_prob(batch.actions))
     assert torch.equal(call["mask"], batch.mask)
@@ -199,7 +205,7 @@ def check_common(call):
 
 @pytest.fixture
 def filled_buffer(monkeypatch):
-    """filled_buffer(module, env_id, **settings): all that a run has kept."""
+    """filled_buffer(module, env_id, **settings) is the replay buffer after a short run."""
 
     def run(module, env_id, **settings):
         made, init = [], module.ReplayBuffer.__init__

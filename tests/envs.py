@@ -113,5 +113,5 @@ for env_id, spaces in REFUSED.items():
 
 
 def counting(module, kind="Counting"):
-    """The id of that env with actions for a value-based script."""
+    """The id of the Counting or the Truncating env whose actions a value-based script can take."""
     return f"{kind}-v0" if module.__name__ == "dqn" else f"{kind}Box-v0"

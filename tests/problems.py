@@ -233,6 +233,7 @@ def planar_lqr() -> LQR:
 
 
 def states(lqr: LQR) -> Tensor:
+    """Fifty of them, the same in every call."""
     torch.manual_seed(0)
     return torch.randn(50, len(lqr.A), dtype=torch.float64)
 
@@ -259,7 +260,7 @@ def continuous_batch(module):
 
 
 def buffer_of(kind, capacity):
-    """A replay buffer of that class, for `transitions`."""
+    """A replay buffer of the class `kind` for `transitions`."""
     return kind(capacity, (1,), (), torch.int64, "cpu")
 
 

@@ -1,4 +1,4 @@
-"""The replay buffer (3) of the value-based scripts: its ring, its draws, and what a run puts in."""
+"""Tests of the replay buffer of the value-based scripts, and of what a run puts into it."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from problems import buffer_of, transitions
 
 import dqn
 
+# every class of buffer
 KINDS = {module.__name__: module.ReplayBuffer for module in VALUE_MODULES}
 KINDS["prioritized-dqn"] = dqn.PrioritizedReplayBuffer
 

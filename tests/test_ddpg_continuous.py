@@ -1,4 +1,4 @@
-"""ddpg_continuous.py: its noise, its critic and its actor, by hand, exactly, and in `train`."""
+"""Tests of ddpg_continuous.py: its noise, its critic and its actor."""
 
 import pytest
 import torch
@@ -46,6 +46,8 @@ def test_ddpg_target_and_actor_gradient_by_hand():
 
 
 class LinearActor(nn.Module):
+    """u = -K x."""
+
     def __init__(self, K):
         super().__init__()
         self.K = nn.Parameter(torch.as_tensor(K, dtype=torch.float64))
@@ -90,19 +92,16 @@ def test_ddpg_learns_the_lqr_by_policy_iteration(lqr):
 
 def test_train_of_ddpg_starts_each_episode_with_new_noise(spy):
     steps = spy(ddpg_continuous, "ou_noise")
-    args = {
-        **VALUE_TINY,
-        "env_id": counting(ddpg_continuous),
-        "ou_theta": 0.2,
-        "exploration_noise": 0.3,
-    }
-    ddpg_continuous.train(ddpg_continuous.Args(**args))
-    assert all(args[1:] == (0.2, 0.3) for args, _ in steps)
+    own = {"env_id": counting(ddpg_continuous), "ou_theta": 0.2, "exploration_noise": 0.3}
+    ddpg_continuous.train(ddpg_continuous.Args(**VALUE_TINY, **own))
     kept = reset = 0
-    for (_, before), ((noise, *_), _) in zip(steps, steps[1:]):
-        rows = (noise == before).all(dim=1)
-        assert noise[~rows].eq(0).all()
-        kept, reset = kept + int(rows.sum()), reset + int((~rows).sum())
+    for before, step in zip(steps, steps[1:]):
+        noise, *settings = step.args
+        assert settings == [0.2, 0.3]
+        same = (noise == before.result).all(dim=1)
+        assert noise[~same].eq(0).all()
+        kept += int(same.sum())
+        reset += int((~same).sum())
     assert kept > reset > 50
 
 

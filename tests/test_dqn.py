@@ -1,8 +1,7 @@
-"""dqn.py and its extensions, by hand, exactly, and in `train`; its buffer is in test_buffer.py."""
+"""Tests of dqn.py and its extensions; those of its plain replay buffer are in test_buffer.py."""
 
 from pathlib import Path
 
-import envs  # noqa: F401
 import gymnasium as gym
 import pytest
 import torch
@@ -12,6 +11,8 @@ from problems import Table, buffer_of, close, corridor_return, transitions
 from torch import nn
 
 import dqn
+
+LAKE = [0.99**6, 0.99**5, 0.99**5, 0.99**6]  # Q* of FrozenLake's first state, if not slippery
 
 # Equations by hand
 
@@ -133,10 +134,7 @@ def test_no_greedy_policy_can_cross_the_corridor(q_values, expected):
 
 @pytest.mark.parametrize(
     ("slippery", "expected"),
-    [
-        (True, [0.542026, 0.527762, 0.527762, 0.522342]),
-        (False, [0.99**6, 0.99**5, 0.99**5, 0.99**6]),
-    ],
+    [(True, [0.542026, 0.527762, 0.527762, 0.522342]), (False, LAKE)],
 )
 def test_equation_4_is_the_bellman_operator_of_frozen_lake(slippery, expected):
     """Iterated on all transitions at once, it converges to Q*."""
@@ -181,7 +179,7 @@ def test_equation_7_takes_away_the_bias_of_the_max(n, bias):
 
 def test_equation_9_weights_undo_the_priorities():
     """Σ_i P_i w_i x_i = mean of x at β = 1; a bias between the two at β = 0.4."""
-    buffer = dqn.PrioritizedReplayBuffer(4, (1,), (), torch.int64, "cpu")
+    buffer = buffer_of(dqn.PrioritizedReplayBuffer, 4)
     x = torch.tensor([1.0, -2.0, 3.0, 5.0])
     buffer.add(x[:, None], x.long(), x, x[:, None], x)
     buffer.update_priorities(torch.arange(4), torch.tensor([2.0, 4.0, 8.0, 16.0]), alpha=1.0)
@@ -224,11 +222,11 @@ def test_train_weighs_the_td_errors_of_prioritised_replay(spy):
     betas = [args[2] for args, _ in samples]
     assert 0.3 < betas[0] < 0.6 and betas == sorted(betas) and 0.97 < betas[-1] <= 1
     for sample, update, target, backward in zip(samples, updates, targets, losses):
-        _, (batch, rows, weights) = sample
-        (_, updated, errors, alpha), _ = update
-        _, y = target
-        (loss,), _ = backward
-        assert updated is rows and alpha == 0.7 and len(errors) == len(y) == len(batch.rewards)
+        batch, rows, weights = sample.result
+        _, updated, errors, alpha = update.args
+        assert updated is rows and alpha == 0.7
+        assert len(errors) == len(target.result) == len(batch.rewards)
+        (loss,) = backward.args
         assert loss.item() == pytest.approx(0.5 * (weights * errors**2).mean().item(), rel=1e-4)
         assert not errors.requires_grad
 
@@ -257,7 +255,7 @@ def test_q_learning_is_off_policy_and_needs_coverage():
     """It learns Q* from a policy that acts at random, and nothing from one that never explores."""
     lake = {"env_id": "benchmark.envs:OneHotFrozenLake-v1", "total_timesteps": 12_000}
     table, greedy_return = table_of(**lake, start_e=1.0, end_e=1.0)
-    close(table[0], [0.99**6, 0.99**5, 0.99**5, 0.99**6], atol=1e-3)
+    close(table[0], LAKE, atol=1e-3)
     assert greedy_return == 1
     table, greedy_return = table_of(**lake | {"total_timesteps": 1000}, start_e=0.0, end_e=0.0)
     assert greedy_return == 0 and table.eq(0).all()
@@ -265,12 +263,11 @@ def test_q_learning_is_off_policy_and_needs_coverage():
 
 @pytest.mark.slow
 def test_tabular_q_learning_finds_the_values_of_frozen_lake():
-    """Q*(0) = .99^6, .99^5, .99^5, .99^6, by the README's command."""
+    """By the README's command."""
     command = next(c for c in (ROOT / "README.md").read_text().splitlines() if "--tabular" in c)
     args = tyro.cli(dqn.Args, args=command.split("dqn.py")[1].split())
     args.wandb_mode, args.total_timesteps = "disabled", 20_000
     assert dqn.train(args).mean() == 1
     (path,) = Path("runs").glob("*/checkpoint.pt")
     table = torch.load(path, weights_only=True)["q_network"]["weight"].T
-    expected = torch.tensor([0.99**6, 0.99**5, 0.99**5, 0.99**6])
-    torch.testing.assert_close(table[0], expected, atol=1e-3, rtol=0)
+    close(table[0], LAKE, atol=1e-3)

@@ -1,4 +1,4 @@
-"""naf.py: a Q whose max is known, by hand and exactly; its `train` is in test_value_based.py."""
+"""Tests of naf.py: a Q whose max is known. What its `train` does is in test_value_based.py."""
 
 import math
 
@@ -66,6 +66,7 @@ def test_naf_keeps_mu_in_the_box_and_the_diagonal_positive_whatever_the_weights(
      (0.9, 1.588403, 0.588403, 4.859126), (0.5, 1.414214, 0.414214, 3.414214)],
 )  # fmt: skip
 def test_the_scalar_lqr_has_the_golden_ratio(gamma, P, K, P_naf):
+    """P and K of the Riccati equation, and NAF's P. Without a discount, P is the golden ratio."""
     lqr = scalar_lqr(gamma)
     close([lqr.P.item(), lqr.K.item(), 2 * lqr.H.item()], [P, K, P_naf], atol=1e-6)
 

@@ -1,11 +1,10 @@
-"""offpolicy_pg.py: its importance weights, by hand, exactly, and in `train`."""
+"""Tests of offpolicy_pg.py: its importance weights, and the steps that it takes with them."""
 
 import math
 
-import envs  # noqa: F401
 import pytest
 import torch
-from conftest import TINY, check_common
+from conftest import TINY, check_log_probs_and_mask
 from problems import (
     MASK,
     MDP,
@@ -24,6 +23,7 @@ from torch.distributions import Categorical, kl_divergence
 import offpolicy_pg
 import reinforce
 
+ESTIMATORS = ["trajectory", "causal", "per_decision", "per_step"]
 LOG_RATIO = torch.tensor([[2.0, 0.5, 3.0], [4.0, 0.25, 7.0]]).log()  # the 7 is on padding
 
 
@@ -33,7 +33,7 @@ LOG_RATIO = torch.tensor([[2.0, 0.5, 3.0], [4.0, 0.25, 7.0]]).log()  # the 7 is 
 def test_behavior_log_probs_are_those_of_acting():
     torch.manual_seed(0)
     policy = offpolicy_pg.Policy(2, 2, discrete=True)
-    batch = offpolicy_pg.rollout(offpolicy_pg.make_envs("Counting-v0", 8), policy)
+    batch = offpolicy_pg.rollout(offpolicy_pg.make_envs("envs:Counting-v0", 8), policy)
     expected = policy(batch.obs).log_prob(batch.actions)
     live = batch.mask.bool()
     torch.testing.assert_close(batch.log_probs[live], expected[live])
@@ -65,7 +65,7 @@ def test_every_estimator_is_its_on_policy_counterpart_at_ratio_1():
     for gamma in (1.0, 0.9):
         psi = {
             estimator: offpolicy_pg.importance_weighted_psi(zeros, REWARDS, MASK, gamma, estimator)
-            for estimator in ("trajectory", "causal", "per_decision", "per_step")
+            for estimator in ESTIMATORS
         }
         assert torch.equal(psi["trajectory"], reinforce.total_return(REWARDS, gamma))
         for estimator in ("causal", "per_decision", "per_step"):
@@ -121,6 +121,13 @@ def test_equation_10_effective_sample_size():
 # Exact oracles
 
 
+def weighted_psi(episodes, log_ratio, estimator):
+    """Ψ of whole episodes, undiscounted."""
+    return offpolicy_pg.importance_weighted_psi(
+        log_ratio, episodes.rewards, episodes.mask, 1.0, estimator
+    )
+
+
 def off_policy(mdp, policy):
     """Episodes of the uniform policy, their probability, and the log-ratios to `policy`."""
     episodes, dynamics = mdp.episodes()
@@ -132,13 +139,12 @@ def off_policy(mdp, policy):
 
 
 @pytest.mark.parametrize("baseline", [False, True])
-@pytest.mark.parametrize("estimator", ["trajectory", "causal", "per_decision", "per_step"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_importance_sampling_is_unbiased_but_for_the_per_step_form(
     mdp, policy, estimator, baseline
 ):
     episodes, p, log_ratio = off_policy(mdp, policy)
-    arguments = log_ratio, episodes.rewards, episodes.mask, 1.0, estimator
-    psi = offpolicy_pg.importance_weighted_psi(*arguments)
+    psi = weighted_psi(episodes, log_ratio, estimator)
     if baseline:
         b = episodes.obs @ torch.tensor([2.0, -1.0], dtype=torch.float64)
         psi = psi - offpolicy_pg.log_weights(log_ratio, episodes.mask, estimator).exp() * b
@@ -159,9 +165,8 @@ def test_the_bias_and_variance_of_importance_sampling(mdp):
     policy, found = small_policy(), {}
     episodes, p, log_ratio = off_policy(mdp, policy)
     exact = exact_gradient(mdp, policy)
-    for estimator in ("trajectory", "causal", "per_decision", "per_step"):
-        arguments = log_ratio, episodes.rewards, episodes.mask, 1.0, estimator
-        psi = offpolicy_pg.importance_weighted_psi(*arguments)
+    for estimator in ESTIMATORS:
+        psi = weighted_psi(episodes, log_ratio, estimator)
         mean, total = moments(policy, episodes, p, psi)
         bias = (mean - exact).norm() / exact.norm()
         found[estimator] = (bias.item(), (total / exact.square().sum()).item())
@@ -210,8 +215,7 @@ def test_the_per_step_bias_grows_as_the_policy_moves_away(mdp):
     for distance in (0.0, 0.5, 1.0, 2.0):
         target = Tabular(distance * torch.tensor([[1.0, -1.0], [-0.5, 0.5]]))
         log_ratio = (target(obs).log_prob(actions) - behavior(obs).log_prob(actions)).detach()
-        arguments = log_ratio, episodes.rewards, episodes.mask, 1.0, "per_step"
-        mean, _ = moments(target, episodes, p, offpolicy_pg.importance_weighted_psi(*arguments))
+        mean, _ = moments(target, episodes, p, weighted_psi(episodes, log_ratio, "per_step"))
         exact = exact_gradient(mdp, target)
         biases.append(((mean - exact).norm() / exact.norm()).item())
     assert biases[0] == pytest.approx(0, abs=1e-12)
@@ -225,8 +229,7 @@ def test_the_variance_of_a_product_of_ratios(H, mean, variance):
     episodes = all_actions(H, lambda a: a.prod(dim=1, keepdim=True) * torch.eye(H)[-1])
     p = torch.full((2**H,), 0.5**H).double()
     log_ratio = (target(episodes.obs).log_prob(episodes.actions) - math.log(0.5)).detach()
-    arguments = log_ratio, episodes.rewards, episodes.mask, 1.0, "trajectory"
-    found = moments(target, episodes, p, offpolicy_pg.importance_weighted_psi(*arguments))
+    found = moments(target, episodes, p, weighted_psi(episodes, log_ratio, "trajectory"))
     close(found[0], [mean], rtol=1e-5)
     close(found[1], variance, rtol=1e-5)
 
@@ -262,13 +265,13 @@ def test_equation_10_of_a_shifted_gaussian(T, fraction):
 
 
 @pytest.mark.parametrize("baseline", ["none", "value"])
-@pytest.mark.parametrize("estimator", ["trajectory", "causal", "per_decision", "per_step"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_offpolicy_pg(record, estimator, baseline):
     settings = {"estimator": estimator, "baseline": baseline, "gamma": 0.9, "num_updates": 4}
     calls = record(offpolicy_pg, target_kl=0.01, **settings)
     assert len({id(call["batch"]) for call in calls}) < len(calls)
     for call in calls:
-        check_common(call)
+        check_log_probs_and_mask(call)
         batch, live = call["batch"], call["mask"].bool()
         log_ratio = call["log_probs"] - batch.log_probs
         arguments = log_ratio, batch.rewards, batch.mask, 0.9, estimator
@@ -294,7 +297,10 @@ def test_equation_9_kl_ends_the_steps_on_a_batch(spy, target_kl, steps):
 def test_the_logged_weights_and_kl_are_those_after_the_last_step(record, logged, num_updates):
     settings = {"estimator": "per_decision", "learning_rate": 0.03, "num_updates": num_updates}
     calls = record(offpolicy_pg, **settings)
-    firsts = list({id(call["batch"]): call for call in reversed(calls)}.values())[::-1]
+    firsts = calls[:1]  # the first call on each batch
+    for before, call in zip(calls, calls[1:]):
+        if call["batch"] is not before["batch"]:
+            firsts.append(call)
     for call, after, row in zip(firsts, firsts[1:], logged):
         batch, live = call["batch"], call["mask"].bool()
         old, new = call["Policy"](batch.obs), after["Policy"](batch.obs)

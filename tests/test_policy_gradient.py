@@ -1,4 +1,4 @@
-"""What reinforce.py, pg_baseline.py and offpolicy_pg.py share, and what holds for all of them."""
+"""Tests of what reinforce.py, pg_baseline.py and offpolicy_pg.py share."""
 
 import gymnasium as gym
 import numpy as np
@@ -51,7 +51,7 @@ def test_rollout_draws_new_episodes_from_torch_alone(script):
 
 
 def test_rollout_draws_env_seeds_from_31_bits(script):
-    """So that seed + i is one, too, for the last of N envs."""
+    """The seed of the last of N envs is seed + N - 1, and must not need more bits."""
     vector_env, policy = script.make_envs("OneStep-v0", 5), script.Policy(1, 3, True)
     reset, seeds = vector_env.reset, []
 
@@ -178,7 +178,7 @@ def test_the_enumeration_is_whole_and_agrees_with_the_values(mdp, policy):
 
 
 def test_the_exact_gradient_is_that_of_finite_differences(mdp, policy):
-    """The oracle of what follows, checked against J alone, by backward induction."""
+    """The oracle of the other tests, checked against J alone, by backward induction."""
     theta = nn.utils.parameters_to_vector(policy.parameters()).detach()
 
     def J(x):
@@ -218,7 +218,8 @@ def test_the_logged_return_and_length_are_means_over_episodes(script, logged, sp
     rollouts = spy(script, "rollout")
     returns = script.train(script.Args(**TINY))
     steps = 0
-    for (_, batch), row in zip(rollouts[:-1], logged):  # the last rollout is the evaluation
+    for call, row in zip(rollouts[:-1], logged):  # the last rollout is the evaluation
+        batch = call.result
         steps += int(batch.mask.sum())
         assert row["charts/episodic_return"] == pytest.approx(batch.rewards.sum().item() / 4)
         assert row["charts/episodic_length"] == pytest.approx(batch.mask.sum().item() / 4)

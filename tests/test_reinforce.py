@@ -1,14 +1,13 @@
-"""reinforce.py: its estimators of the gradient, by hand, exactly, and in `train`."""
+"""Tests of reinforce.py: its two estimators of the gradient."""
 
 import itertools
 import math
 from pathlib import Path
 
-import envs  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from conftest import check_common
+from conftest import check_log_probs_and_mask
 from problems import (
     REWARDS,
     Coin,
@@ -219,7 +218,7 @@ def test_reinforce_learns_the_scalar_lqr():
 @pytest.mark.parametrize("estimator", ["total_return", "reward_to_go"])
 def test_reinforce(record, estimator):
     for call in record(reinforce, estimator=estimator, gamma=0.9):
-        check_common(call)
+        check_log_probs_and_mask(call)
         expected = getattr(reinforce, estimator)(call["batch"].rewards, 0.9)
         assert torch.equal(call["psi"], expected)
 

@@ -1,4 +1,4 @@
-"""What dqn.py, cem_q.py, naf.py and ddpg_continuous.py share, and what their `train` does alike."""
+"""Tests of what dqn.py, cem_q.py, naf.py and ddpg_continuous.py share."""
 
 import math
 from copy import deepcopy
@@ -96,7 +96,7 @@ def test_evaluate_counts_the_first_episode_of_each_env(value_script):
     assert len(lengths[0].unique()) > 2
 
 
-# Every update of a short run, redone from the batches that it drew
+# What `train` does
 
 
 def target_q(module, batch, online, target, args):
@@ -130,6 +130,7 @@ UPDATES += [(cem_q, {"maximizer": "grid", "bins": 5}), (ddpg_continuous, {})]
 
 @pytest.mark.parametrize(("module", "own"), UPDATES)
 def test_updates_by_hand(module, own, spy, monkeypatch):
+    """Every update of a short run, redone from the batches that it drew."""
     made, samples = [], spy(module.ReplayBuffer, "sample")
 
     def record(network):
@@ -149,7 +150,8 @@ def test_updates_by_hand(module, own, spy, monkeypatch):
     online, target = dict(zip(names, made)), dict(zip(names, deepcopy(made)))
     adams = {name: torch.optim.Adam(x.parameters(), 1e-2) for name, x in online.items()}
     scale, q_network = getattr(args, "reward_scale", 1.0), online["q_network"]
-    for _, batch in samples:
+    for sample in samples:
+        batch = sample.result
         with torch.no_grad():
             max_q = target_q(module, batch, online, target, args)
             y = scale * batch.rewards + args.gamma * (1 - batch.terminations) * max_q
@@ -173,13 +175,10 @@ def test_updates_by_hand(module, own, spy, monkeypatch):
     assert len(samples) > 5
 
 
-# What `train` does
-
-
 def test_no_gradient_flows_into_equation_4(value_script, spy):
     targets = spy(value_script, "td_target")
     value_script.train(value_script.Args(**VALUE_TINY))
-    assert len(targets) > 10 and not any(y.requires_grad for _, y in targets)
+    assert len(targets) > 10 and not any(call.result.requires_grad for call in targets)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -204,17 +203,15 @@ def test_no_update_follows_a_step_that_only_resets(value_script, spy):
 
 def test_train_acts_and_is_scored_with_the_online_network(value_script, spy):
     acts, evaluations = spy(value_script, "select_actions"), spy(value_script, "evaluate")
-    args = {**VALUE_TINY, "tau": 1.0} | (
-        {"target_network_frequency": 300} if value_script is dqn else {}
-    )
-    value_script.train(value_script.Args(**args))
+    rarely = {"target_network_frequency": 300} if value_script is dqn else {}
+    value_script.train(value_script.Args(**VALUE_TINY, **rarely, tau=1.0))
     (path,) = Path("runs").glob("*/checkpoint.pt")
     saved = torch.load(path, weights_only=True)
     saved = saved["actor" if value_script is ddpg_continuous else "q_network"]
-    (network, *_), _ = acts[50]
+    network = acts[50].args[0]
     for key, value in network.state_dict().items():
         assert torch.equal(value, saved[key])
-    ((policy, *_), _) = evaluations[0]
+    policy = evaluations[0].args[0]
     state = torch.randn(5, 4 if value_script is dqn else 3)
     with torch.no_grad():
         torch.manual_seed(1)
@@ -236,7 +233,8 @@ def test_train_moves_the_target_networks_in_every_update(module, spy):
     copies, targets = spy(module, "update_target"), spy(module, "td_target")
     module.train(module.Args(**VALUE_TINY, tau=0.3))
     networks = 2 if module is ddpg_continuous else 1
-    assert len(copies) == networks * len(targets) and all(args[2] == 0.3 for args, _ in copies)
+    assert len(copies) == networks * len(targets)
+    assert all(call.args[2] == 0.3 for call in copies)
 
 
 @pytest.mark.parametrize("module", CONTINUOUS)
@@ -258,15 +256,20 @@ def test_train_decreases_the_step_size(value_script, learning_rates):
 
 def test_metrics_that_are_logged(value_script, logged):
     returns = value_script.train(value_script.Args(**{**VALUE_TINY, "total_timesteps": 2100}))
-    own = {dqn: {"charts/epsilon"}, cem_q: {"time/maximizing"}}.get(value_script, set())
-    own |= {"losses/actor_loss"} if value_script is ddpg_continuous else set()
-    common = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "global_step"}
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "global_step"}
+    expected |= {"losses/td_loss", "losses/q_values"}
+    expected |= {
+        dqn: {"charts/epsilon"},
+        cem_q: {"time/maximizing"},
+        naf: set(),
+        ddpg_continuous: {"losses/actor_loss"},
+    }[value_script]
     for row in logged[:-1]:
-        assert row.keys() == common | own | {"losses/td_loss", "losses/q_values"}
+        assert row.keys() == expected
     steps = [row["global_step"] for row in logged[:-1]]
     assert [step // 500 for step in steps] == [1, 2, 3, 4, 4] and steps[-1] >= 2100
-    expected = {"eval/episodic_return": pytest.approx(returns.mean().item())}
-    assert logged[-1] == expected | {"global_step": steps[-1]}
+    greedy_return = pytest.approx(returns.mean().item())
+    assert logged[-1] == {"eval/episodic_return": greedy_return, "global_step": steps[-1]}
 
 
 def test_the_logged_return_is_that_of_whole_episodes(value_script, logged, filled_buffer):
