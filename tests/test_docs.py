@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from itertools import takewhile
 
 import pytest
 import tyro
@@ -10,7 +11,7 @@ from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES
 
 BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "mutation.md", *DOCS]
 FIGURES = (ROOT / "docs" / "figures.py").read_text()
 TESTS = {
     node.name: ast.unparse(node)
@@ -23,8 +24,15 @@ TESTS = {
 def commands():
     texts = [page.read_text() for page in PAGES] + [module.__doc__ for module in BY_NAME.values()]
     for text in texts:
-        for script, flags in re.findall(r"(?:python|uv run) (\w+)\.py((?: +[^\s`&|#;)]+)*)", text):
-            yield script, flags.strip()
+        for script, rest in re.findall(r"(?:python|uv run) (\w+)\.py\b([^`\n]*)", text):
+            yield script, shlex.join(arguments(rest))
+
+
+def arguments(rest):
+    """The words after a command's name, up to a comment or to another command."""
+    words = shlex.shlex(rest, posix=True, punctuation_chars=True)
+    words.whitespace_split = True  # so that a word may have a colon in it
+    return list(takewhile(lambda word: word[0] not in "&|;()", words))
 
 
 COMMANDS = sorted(set(commands()))
@@ -75,8 +83,9 @@ def test_the_page_has_the_equations_of_its_script(script):
     text = (ROOT / "docs" / f"{script.__name__}.md").read_text()
     assert re.findall(r"\\tag\{(\d+)\}\$\$\s+`(\w+)`", text) == named(script)
     assert text.count(r"\tag") == len(named(script))
-    for title in ("## Equations", "## Metrics", "## Differences", "## Results", "## Exercises"):
+    for title in ("## Equations", "## Metrics", "## Differences", "## Exercises"):
         assert title in text
+    assert "[results](results.md#" in text
 
 
 @pytest.mark.parametrize("test", [x for x in TESTS if re.search(r"_equations?_\d", x)])
@@ -107,6 +116,10 @@ def test_pages_name_what_exists(page):
             assert first in flags, words
         elif first.startswith("test_") and first.isidentifier():
             assert first in TESTS, words
+        elif words.startswith("pytest") and " -k " in words:
+            expression = shlex.split(words.split(" -k ")[1])[0]
+            for part in expression.split(" or "):
+                assert any(part in test for test in TESTS), words
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
@@ -114,13 +127,20 @@ def test_pages_name_what_exists(page):
 
 
 def test_the_lecture_is_whole():
-    """52 items and 26 errata, in order, each item with something to run or to see."""
+    """52 items and 26 errata, in order; each item first has something to run, last its tests."""
     text = (ROOT / "docs" / "lecture.md").read_text()
     items = re.findall(r"^\| (\d+) \| .+ \| (.+) \|$", text, flags=re.M)
     assert [int(number) for number, _ in items] == list(range(1, 53))
-    assert all("`" in where or "](" in where for _, where in items)
-    errata = re.findall(r"^(\d+)\. ", text.split("## Errata")[1], flags=re.M)
+    for _, where in items:
+        first, *others = where.split("<br>")
+        assert "](" in first or re.search(r"`(python|pytest|diff) ", first), where
+        assert not any("test_" in part for part in (first, *others[:-1])), where
+    errata = re.findall(r"^(\d+)\. ", (ROOT / "docs" / "errata.md").read_text(), flags=re.M)
     assert [int(number) for number in errata] == list(range(1, 27))
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
 def test_each_figure_is_made_and_shown():
