@@ -23,14 +23,14 @@ near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the b
     diff dqn.py naf.py
 """
 
-import io
+import json
+import os
 import signal
-from collections import deque
+import sys
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,26 +41,29 @@ import torch
 import tyro
 import wandb
 from gymnasium.spaces import Box, flatdim
-from gymnasium.vector import VectorEnv
-from gymnasium.wrappers.vector import RecordVideo
+from gymnasium.wrappers.vector import (
+    FlattenObservation,
+    RecordEpisodeStatistics,
+    RecordVideo,
+    TransformAction,
+)
 from torch import Tensor, cuda, nn
 from tqdm import tqdm
-
-signals: list[int] = []  # of the shell: the run ends after its round; a second one, at once
 
 
 @dataclass
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
+    env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 20_000  # env steps; the round under way is finished
-    num_envs: int = 8  # N: envs stepped at once
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is one
-    num_threads: int = 1  # of the CPU; one is fastest for networks of this size
-    eval_episodes: int = 100  # greedy, at the end, from the same start states in every run
-    capture_video: bool = False  # of a greedy episode, at the end
-    checkpoint_frequency: int = 100_000  # env steps from one checkpoint to the next
-    resume: str = ""  # checkpoint.pt of a run to go on with; what is not given stays as it was
+    total_timesteps: int = 20_000  # env steps; the last round is completed
+    num_envs: int = 8  # N, the envs stepped at once
+    # where the networks and the data are; cuda if there is one
+    device: Literal["cpu", "cuda", "mps"] = "cuda" if cuda.is_available() else "cpu"
+    num_threads: int = 1  # CPU threads; one is fastest for networks of this size
+    eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
+    capture_video: bool = False  # film one more greedy episode at the end
+    resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"
     learning_rate: float = 3e-3  # η
@@ -69,31 +72,24 @@ class Args:
     reward_scale: float = 0.03  # c; about 1 over the largest discounted return
     buffer_size: int = 50_000  # transitions
     batch_size: int = 128  # transitions in an update
-    num_steps: int = 1  # of each env in a round, by one policy
-    num_updates: int = 4  # after them
-    learning_starts: int = 1_000  # env steps before the first update, by random actions
-    tau: float = 0.01  # in each update; 1 copies φ to φ⁻
+    num_steps: int = 1  # steps of each env in a round, before its updates
+    num_updates: int = 4  # gradient steps in a round
+    learning_starts: int = 1_000  # env steps of random actions, before the first update
+    tau: float = 0.01  # part of φ that φ⁻ takes over in each update; 1 is a copy
     exploration_noise: float = 0.4  # σ
 
     def __post_init__(self) -> None:
-        """ValueError for settings that cannot run; in a shell, its message and exit code 2."""
-        saved = load_checkpoint(self.resume)["args"] if self.resume else {}
-        free = {"total_timesteps", "device", "num_threads", "eval_episodes", "capture_video"}
-        free |= {"checkpoint_frequency", "resume", "wandb_mode", "wandb_project"}
-        for name, value in vars(self).items():  # an int is a count from 1, a float a rate
-            flag = f"--{name.replace('_', '-')}"
-            low, high = (0, 1) if type(getattr(Args, name)) is float else (name != "seed", 2**40)
-            if type(value) in (int, float) and not low <= value <= high:
-                raise ValueError(f"{flag} must be in [{low:d}, {high}]")
-            if name not in free and value != saved.get(name, value):
-                raise ValueError(f"{flag} must be {saved[name]}, as in {self.resume}")
-        if self.device in ("cuda", "mps") and not getattr(torch, self.device).is_available():
-            raise ValueError(f"--device {self.device} is not available here; use auto or cpu")
-        if self.batch_size > self.buffer_size:
-            raise ValueError("--batch-size must be at most --buffer-size")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name != "seed" and value < 1:
+                raise ValueError(f"--{field.name} must be at least 1")
+            if field.type is float and not 0 <= value <= 1:
+                raise ValueError(f"--{field.name} must be in [0, 1]")
+        json.loads(self.env_kwargs)  # a ValueError, too
+        if not getattr(torch, self.device).is_available():
+            raise ValueError(f"--device {self.device} is not available here")
         if self.learning_starts >= self.total_timesteps:
             raise ValueError("--learning-starts must be less than --total-timesteps")
-        make_envs(self.env_id, 1, film=self.capture_video).close()
 
 
 class NAFNetwork(nn.Module):
@@ -129,12 +125,12 @@ class ReplayBuffer(nn.Module):
         for name, shape in zip(Batch._fields, (obs_shape, action_shape, (), obs_shape, ())):
             dtype = action_dtype if name == "actions" else torch.float32
             self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype, device=device))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("count", torch.tensor(0))  # on the host, which need not wait for it
 
     def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
         """The fields of a Batch of any length, the oldest first; returns the rows they are in."""
         length, capacity = len(transitions[0]), len(self.rewards)
-        rows = (self.count + torch.arange(length, device=self.count.device)) % capacity
+        rows = (int(self.count) + torch.arange(length, device=self.rewards.device)) % capacity
         for name, values in zip(Batch._fields, transitions):
             stored = getattr(self, name)
             stored[rows[-capacity:]] = torch.as_tensor(values[-capacity:]).to(stored)
@@ -142,15 +138,9 @@ class ReplayBuffer(nn.Module):
         return rows[-capacity:]
 
     def sample(self, batch_size: int) -> Batch:
-        rows = torch.randint(2**40, (batch_size,), device=self.count.device)
-        rows = rows % self.count.clamp(max=len(self.rewards))  # on the device: the host goes on
+        filled = min(int(self.count), len(self.rewards))
+        rows = torch.randint(filled, (batch_size,), device=self.rewards.device)
         return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
-
-
-def env_actions(actions: Tensor, space: Box) -> np.ndarray:
-    """What the envs see: actions scaled to their bounds, and clipped to them."""
-    actions = actions.cpu().numpy()
-    return (space.low + (space.high - space.low) * (actions + 1) / 2).clip(space.low, space.high)
 
 
 def naf_q(mu: Tensor, L: Tensor, value: Tensor, actions: Tensor) -> Tensor:
@@ -180,122 +170,62 @@ def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -
         target.lerp_(parameter, tau)
 
 
-def make_envs(env_id: str, num_envs: int, film: bool = False) -> VectorEnv:
-    """Vector env; ValueError if there is none of that id or its spaces are not supported."""
-    settings = {"render_mode": "rgb_array"} if film else {}
-    try:
-        envs = gym.make_vec(env_id, num_envs=num_envs, **settings)
-        if film:  # what that lacks is found before the run, not after
-            envs.reset(), envs.render(), __import__("moviepy")
-    except Exception as error:
-        raise ValueError(f"--env-id {env_id}{' --capture-video' * film}: {error}") from error
-    obs, actions = envs.single_observation_space, envs.single_action_space
-    if not (isinstance(obs, Box) and len(obs.shape) == 1):
-        raise ValueError(f"--env-id {env_id}: {obs} is not a 1-D Box; use FlattenObservation")
-    if not (isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()):
-        raise ValueError(f"--env-id {env_id}: {actions} is not a bounded 1-D Box; see dqn.py")
-    return envs
-
-
-def save_checkpoint(run_dir: Path, args: Args, global_step: int, modules: dict) -> None:
-    """Written aside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
-    state = {name: module.state_dict() for name, module in modules.items()}
-    state |= {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
-    data = io.BytesIO()
-    torch.save(state, data)
-    (run_dir / "checkpoint.tmp").write_bytes(data.getbuffer())
-    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
-
-
-def load_checkpoint(path: str) -> dict:
-    """What save_checkpoint saved; ValueError if it was not that of this script."""
-    with suppress(Exception):  # which would tell of pickle
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["args"].keys() == Args.__dataclass_fields__.keys():
-            return state
-    raise ValueError(f"--resume {path}: not a checkpoint of {Path(__file__).name}")
-
-
-def start_run(args: Args, modules: dict) -> tuple[Path, int]:
-    """A run's directory and the steps it has done: 0, or those of --resume, restored to modules."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%y%m%d-%H%M%S-%f}"
-    run_dir, global_step = Path("runs", name.replace("/", "-").replace(":", "-")), 0
-    if args.resume:
-        run_dir, state = Path(args.resume).parent, load_checkpoint(args.resume)
-        global_step = state["global_step"]
-        torch.manual_seed(args.seed + global_step)  # of a GPU, whose state is not saved
-        torch.set_rng_state(state["rng"])
-        for key, module in modules.items():
-            module.load_state_dict(state[key])
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
-    wandb.setup(wandb.Settings(**log))  # with init alone, offline would look up a host
-    wandb.init(dir=run_dir.resolve(), config=vars(args), settings=wandb.Settings(**log))
-    wandb.define_metric("*", step_metric="global_step")
-    return run_dir, global_step
-
-
-@torch.no_grad()
-def evaluate(policy: Callable, envs: VectorEnv, device: torch.device) -> Tensor:
-    """Return of an episode of policy(obs) in each of envs, which are closed, (N,); fixed seed."""
-    returns = torch.zeros(envs.num_envs, dtype=torch.float64)
-    next_obs, _ = envs.reset(seed=1)
-    live = np.ones(envs.num_envs, dtype=bool)
-    while live.any():
-        actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
-        actions = env_actions(actions, envs.single_action_space)
-        next_obs, rewards, terminations, truncations, _ = envs.step(actions)
-        returns += torch.from_numpy(np.where(live, rewards, 0))
-        live = live & ~(terminations | truncations)
-    envs.close()
-    return returns
-
-
 def train(args: Args) -> Tensor:
     """Returns of the greedy evaluation, (eval_episodes,)."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    device = torch.device(args.device.replace("auto", "cuda" if cuda.is_available() else "cpu"))
-    envs = make_envs(args.env_id, args.num_envs)
-    obs_dim, space = flatdim(envs.single_observation_space), envs.single_action_space
-    q_network = NAFNetwork(obs_dim, flatdim(space)).to(device)
-    optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
+    envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
+    envs = RecordEpisodeStatistics(envs, buffer_length=20, stats_key="training")
+    obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
+    q_network = NAFNetwork(obs_dim, action_dim).to(args.device)
+    optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
     target_network = deepcopy(q_network)
-    buffer = ReplayBuffer(args.buffer_size, (obs_dim,), space.shape, torch.float32, device)
-    modules = {"q_network": q_network, "target_network": target_network}
-    modules |= {"optimizer": optimizer, "buffer": buffer}
-    run_dir, global_step = start_run(args, modules)
+    buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)
+    parts = {"q_network": q_network, "target_network": target_network}  # what a checkpoint holds
+    parts |= {"optimizer": optimizer, "buffer": buffer}
+    global_step = 0
+    if args.resume:
+        state = torch.load(args.resume, map_location="cpu", weights_only=True)
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
+        torch.set_rng_state(state["rng"])
+        global_step = state["global_step"]
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
+    name = name.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
+    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    wandb.init(dir=run_dir, config=vars(args), settings=log)
+    print(f"to go on after a stop: python {sys.argv[0]} --resume {run_dir}/checkpoint.pt")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
+    next_save = 0.0
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
-    live, episodes = np.ones(args.num_envs, dtype=bool), deque(maxlen=20)
-    totals = np.zeros((2, args.num_envs))  # return and length of the episodes under way
-    while global_step < args.total_timesteps and not signals:
+    live = np.ones(args.num_envs, dtype=bool)
+    while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
+        start = time.perf_counter()
         before = global_step
         for _ in range(args.num_steps):
-            elapsed = global_step / args.total_timesteps
-            obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+            passed = global_step / args.total_timesteps
+            obs = torch.tensor(next_obs, dtype=torch.float32, device=args.device)
             actions = select_actions(q_network, obs, args.exploration_noise)  # (1)
             if global_step < args.learning_starts:
                 actions.uniform_(-1, 1)
-            next_obs, rewards, terminations, truncations, _ = envs.step(env_actions(actions, space))
+            next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
             transitions = obs, actions, rewards, next_obs, terminations
             buffer.add(*(x[live] for x in transitions))  # an env not live was only reset
             global_step += int(live.sum())
-            totals += rewards * live, live
             live = ~(terminations | truncations)
-            episodes.extend(totals[:, ~live].T)
-            totals *= live
         steps = global_step - before
-        progress.update(steps)
-        if global_step < args.learning_starts or steps == 0:
-            continue
 
         # 2. update on transitions of the buffer
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * elapsed)
-        for _ in range(args.num_updates):
+        learning_rate = args.learning_rate * (1 - passed) if args.anneal_lr else args.learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate
+        num_updates = 0 if steps == 0 or global_step < args.learning_starts else args.num_updates
+        for _ in range(num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
             y = td_target(batch, target_network, args.gamma, args.reward_scale)  # (4)
             q_values = naf_q(*q_network(batch.obs), batch.actions)  # (2)
@@ -305,57 +235,98 @@ def train(args: Args) -> Tensor:
             optimizer.step()  # (5)
             update_target(target_network, q_network, args.tau)  # (6)
 
-        last = global_step >= args.total_timesteps
-        log, save = (global_step % n < steps or last for n in (500, args.checkpoint_frequency))
-        if (log or save or signals) and not all(x.isfinite().all() for x in q_network.parameters()):
-            raise FloatingPointError(f"Q is not finite at step {global_step}; see {run_dir}")
-        if log:
-            episodic_return, episodic_length = np.mean(episodes or [(np.nan, np.nan)], axis=0)
-            metrics = {
-                "global_step": global_step,
-                "charts/episodic_return": episodic_return,
-                "charts/episodic_length": episodic_length,
-                "charts/SPS": progress.format_dict["rate"] or 0.0,
-                "losses/td_loss": loss.item(),
-                "losses/q_values": q_values.mean().item(),
-            }
-            wandb.log(metrics)
-            progress.set_postfix_str(f"return {episodic_return:.1f}")
-        if save:
-            save_checkpoint(run_dir, args, global_step, modules)
+        progress.update(steps)
+        seconds = time.perf_counter() - start
+        if global_step % 500 < steps or global_step >= args.total_timesteps:
+            metrics = {"charts/SPS": steps / seconds}
+            if envs.return_queue:  # the last episodes to end
+                metrics["charts/episodic_return"] = np.mean(envs.return_queue)
+                metrics["charts/episodic_length"] = np.mean(envs.length_queue)
+                progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
+            if num_updates > 0:
+                metrics["losses/td_loss"] = loss.item()
+                metrics["losses/q_values"] = q_values.mean().item()
+            wandb.log(metrics, step=global_step)
+        if time.monotonic() > next_save or global_step >= args.total_timesteps:
+            if not all(x.isfinite().all() for x in q_network.parameters()):
+                raise FloatingPointError(f"Q is not finite at step {global_step}; see {run_dir}")
+            state = {"args": vars(args), "global_step": global_step, "rng": torch.get_rng_state()}
+            state |= {key: part.state_dict() for key, part in parts.items()}
+            next_save = save_checkpoint(run_dir, state)
 
     progress.close()
-    if signals:
-        save_checkpoint(run_dir, args, global_step, modules)
-        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}/checkpoint.pt")
-        raise SystemExit(128 + signals[0])
+    envs.close()
     greedy = partial(select_actions, q_network, sigma=0.0)
-    returns = evaluate(greedy, make_envs(args.env_id, args.eval_episodes), device)
-    wandb.log({"eval/episodic_return": returns.mean().item(), "global_step": global_step})
-    if args.capture_video:
-        envs = RecordVideo(make_envs(args.env_id, 1, film=True), f"{run_dir}/videos")
-        evaluate(greedy, envs, device)
-        video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
-        wandb.log({"eval/video": video, "global_step": global_step})
-    wandb.finish()
+    envs = make_envs(args.env_id, args.eval_episodes, args.env_kwargs)
+    returns = evaluate(greedy, envs, args.device)
+    wandb.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
+    if args.capture_video:
+        film = make_envs(args.env_id, 1, args.env_kwargs, render_mode="rgb_array")
+        film = RecordVideo(film, f"{run_dir}/videos")
+        evaluate(greedy, film, args.device)
+        video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
+        wandb.log({"eval/video": video}, step=global_step)
+    wandb.finish()
     print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
     return returns
 
 
-def saved_args(resume: str = "") -> Args:
-    """Those of a checkpoint; if there is none, the defaults."""
-    args = Args()
-    with suppress(ValueError):  # Args will raise it
-        vars(args).update(load_checkpoint(resume)["args"])
-    return args
+@torch.no_grad()
+def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tensor:
+    """Return of one episode in each of envs, (N,); they start alike in every run."""
+    returns = torch.zeros(envs.num_envs, dtype=torch.float64)
+    next_obs, _ = envs.reset(seed=1)
+    live = np.ones(envs.num_envs, dtype=bool)
+    while live.any():
+        actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
+        next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
+        returns += torch.from_numpy(np.where(live, rewards, 0))
+        live = live & ~(terminations | truncations)
+    envs.close()
+    return returns
+
+
+def make_envs(env_id: str, num_envs: int, env_kwargs="{}", **kwargs) -> gym.vector.VectorEnv:
+    """Vector env of flat observations, which scales actions from [-1, 1] and clips them."""
+    kwargs |= json.loads(env_kwargs)
+    envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
+    if envs.single_observation_space.shape != (flatdim(envs.single_observation_space),):
+        envs = FlattenObservation(envs)
+    space = envs.single_action_space
+    if isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded():
+        low, high = space.low, space.high
+        return TransformAction(envs, lambda x: (low + (high - low) * (x + 1) / 2).clip(low, high))
+    raise gym.error.Error(f"--env-id {env_id}: {space} is not a bounded 1-D Box")
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> float:
+    """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
+    start = time.monotonic()
+    try:
+        torch.save(state, run_dir / "checkpoint.tmp")
+    except RuntimeError:  # which torch makes of a full disk
+        raise OSError(f"cannot write {run_dir}/checkpoint.tmp") from None
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+    return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
+
+
+def defaults(resume: str = "") -> Args:
+    """Settings of the run to resume, if any; the device is that of this machine."""
+    try:
+        saved = torch.load(resume, map_location="cpu", weights_only=True)["args"] if resume else {}
+        return Args(**saved | {"device": Args.device})
+    except Exception:
+        raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
-    default, _ = tyro.cli(saved_args, return_unknown_args=True, add_help=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        train(tyro.cli(Args, description=__doc__, default=default))
-    except (FloatingPointError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
+        args = tyro.cli(Args, description=__doc__, default=default)
+        os.environ["WANDB_MODE"] = args.wandb_mode  # or offline would look up a host
+        train(args)
+    except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt):
+        sys.tracebacklimit = 0  # the message says it all
+        raise
