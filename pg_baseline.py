@@ -327,6 +327,6 @@ if __name__ == "__main__":
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # or offline would look up a host
         train(args)
-    except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt):
-        sys.tracebacklimit = 0  # the message says it all
-        raise
+    except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+        sys.tracebacklimit = 0  # its message says it all
+        raise error.with_traceback(None) from None
