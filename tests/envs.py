@@ -2,7 +2,9 @@
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 
 
 class Counting(gym.Env):
@@ -81,10 +83,33 @@ class Corridor(gym.Env):
 
 
 class Spaces(gym.Env):
-    """An env of any spaces, for what the scripts must refuse."""
+    """Of any spaces; `last` is the observation that it gave last."""
 
     def __init__(self, observation_space, action_space):
         self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.last = self.observation_space.sample()
+        return self.last, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.last = self.observation_space.sample()
+        return self.last, 1.0, False, False, {}
+
+
+def spec(observation_space, action_space):
+    """What make_envs takes in place of the id of such an env."""
+    kwargs = {"observation_space": observation_space, "action_space": action_space}
+    return EnvSpec("Spaces-v0", entry_point=Spaces, kwargs=kwargs)
+
+
+def env_actions(module, actions, action_space):
+    """What the envs of a script see, if its policy takes these actions."""
+    envs = module.make_envs(spec(box(2), action_space), 1)
+    return torch.from_numpy(envs.func(actions.numpy()))
 
 
 UNEVEN = Box(np.array([-1.0, 0.0], "f4"), np.array([3.0, 10.0], "f4"))
@@ -108,13 +133,27 @@ gym.register("Forever-v0", Edge, kwargs={"action_space": Discrete(2), "ends": Fa
 broken = {"action_space": Discrete(2), "ends": True, "reward": float("nan")}
 gym.register("NanReward-v0", Edge, kwargs=broken)
 gym.register("Buggy-v0", Buggy, kwargs={"action_space": Discrete(2), "ends": True})
+# action spaces that every script must refuse
 REFUSED = {
-    "InfiniteBox-v0": (box(2), box(1, high=np.inf)),
-    "MatrixBox-v0": (box(2), box(2, 2)),
-    "MultiDiscrete-v0": (box(2), gym.spaces.MultiDiscrete([2, 2])),
+    "InfiniteBox-v0": box(1, high=np.inf),
+    "HalfInfiniteBox-v0": Box(np.array([-1, -np.inf], "f4"), np.ones(2, "f4")),
+    "MatrixBox-v0": box(2, 2),
+    "MultiDiscrete-v0": MultiDiscrete([2, 2]),
 }
-for env_id, spaces in REFUSED.items():
-    gym.register(env_id, Spaces, kwargs={"observation_space": spaces[0], "action_space": spaces[1]})
+for env_id, actions in REFUSED.items():
+    kwargs = {"observation_space": box(2), "action_space": actions}
+    gym.register(env_id, Spaces, kwargs=kwargs)
+# observation spaces that are not vectors, and the vectors' length
+FLATTENED = {
+    "Discrete": (Discrete(4), 4),
+    "Dict": (Dict(a=box(2), b=Discrete(3)), 5),
+    "MultiDiscrete": (MultiDiscrete([2, 3]), 5),
+    "Tuple": (Tuple([box(2), box(2, 2)]), 6),
+    "Image": (Box(0, 255, (4, 3, 3), np.uint8), 36),
+}
+for kind, actions in {"": Discrete(2), "Box": UNEVEN}.items():
+    kwargs = {"observation_space": FLATTENED["Dict"][0], "action_space": actions}
+    gym.register(f"DictObs{kind}-v0", Spaces, max_episode_steps=5, kwargs=kwargs)
 
 
 def counting(module, kind="Counting"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VALUE_MODULES
-from envs import UNEVEN, counting
+from envs import UNEVEN, counting, env_actions
 from problems import buffer_of, transitions
 
 import dqn
@@ -74,6 +74,6 @@ def test_the_buffer_holds_every_transition_and_no_reset(value_script, truncates,
     if value_script is dqn:
         expected = actions + 1.0
     else:
-        expected = torch.from_numpy(value_script.env_actions(actions, UNEVEN)).sum(dim=-1)
+        expected = env_actions(value_script, actions, UNEVEN).sum(dim=-1)
         assert actions.abs().max() <= 1
     torch.testing.assert_close(buffer.rewards[:stored], 100 * t + expected)

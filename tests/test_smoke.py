@@ -1,64 +1,110 @@
 """Every script, every option of every flag: an update happened and the checkpoint loads."""
 
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import INERT, MODULES, ROOT, SCRIPTS, VALUE_BASED, options, records, run
+from conftest import INERT, MODULES, ROOT, TINY, VALUE_MODULES, VALUE_TINY, options, records
 
-TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 3}
+import cem_q
+import ddpg_continuous
+import dqn
+import offpolicy_pg
 
-
-CASES = [(m, name, value) for m in MODULES for name, value in options(m, TINY)]
+SETTINGS = dict.fromkeys(MODULES, TINY)
+VALUE_SETTINGS = {**VALUE_TINY, "total_timesteps": 200, "learning_starts": 60}
+SETTINGS |= dict.fromkeys(VALUE_MODULES, VALUE_SETTINGS)
+CASES = [(m, name, value) for m, tiny in SETTINGS.items() for name, value in options(m, tiny)]
+# what a flag needs to matter
+NEEDS = {"alpha": {"prioritized_replay": True}, "beta": {"prioritized_replay": True}}
+NEEDS |= {"bins": {"maximizer": "grid"}}
+# in a checkpoint: the copy of a network, and its optimizer if that is not "optimizer"
+TARGET = {"actor": "target_actor", "q_network": "target_network"}
+ADAM = {"actor": "actor_optimizer", "value_network": "fit"}
+DEFAULTS = {}  # the checkpoint of each script and the settings that a flag needs
 
 
 def trained(module, **settings):
-    """The checkpoint of a short run, after checking that every parameter moved."""
-    args = module.Args(**{"wandb_mode": "disabled", **TINY, **settings})
+    """The checkpoint of a short run, after checking that every part of it learned."""
+    args = module.Args(**{**SETTINGS[module], **settings})
     returns = module.train(args)
     assert returns.shape == (args.eval_episodes,) and returns.isfinite().all()
     (path,) = Path("runs").glob("*/checkpoint.pt")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["args"] == vars(args)
     assert checkpoint["global_step"] >= args.total_timesteps
-    torch.manual_seed(args.seed)
-    envs = module.make_envs(args.env_id, 1)
-    discrete = "Discrete" in str(envs.single_action_space)
-    dims = [module.flatdim(x) for x in (envs.single_observation_space, envs.single_action_space)]
-    before = module.Policy(*dims, discrete).state_dict()
-    assert before.keys() == checkpoint["policy"].keys()
-    for name, parameter in before.items():
-        assert not torch.equal(parameter, checkpoint["policy"][name]), name
+    networks = {"policy", "value_network", "q_network", "actor"} & checkpoint.keys()
+    for name in networks:
+        assert all(value.isfinite().all() for value in checkpoint[name].values())
+        if not settings.get("tabular"):  # whose SGD keeps no state
+            state = checkpoint[ADAM.get(name, "optimizer")]["state"]
+            assert len(state) == len(checkpoint[name])
+            assert len({int(each["step"]) for each in state.values()}) == 1  # all in each update
+            assert all(each["exp_avg"].ne(0).any() for each in state.values())  # by a gradient
+    if module in VALUE_MODULES:
+        assert int(checkpoint["buffer"]["count"]) == checkpoint["global_step"]
+        for name in networks:
+            assert checkpoint[name].keys() == checkpoint[TARGET[name]].keys()
     return checkpoint
 
 
-@pytest.fixture(scope="session")
-def default_policies(tmp_path_factory):
-    """The policy that each script learns when no flag is set."""
-    policies = {}
-    for module in MODULES:
+def learned(module, checkpoint):
+    """The network that acts."""
+    return checkpoint["q_network" if module in VALUE_MODULES else "policy"]
+
+
+def default(module, tmp_path_factory, **needs):
+    """What the script learns when no flag is set but those that another one needs."""
+    key = (module, *needs.items())
+    if key not in DEFAULTS:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("default"))
-            policies[module] = trained(module)["policy"]
-    return policies
+            DEFAULTS[key] = learned(module, trained(module, **needs))
+    return DEFAULTS[key]
 
 
 @pytest.mark.parametrize(
     ("module", "name", "value"), CASES, ids=[f"{m.__name__}-{n}-{v}" for m, n, v in CASES]
 )
-def test_every_option(module, name, value, default_policies):
+def test_every_option(module, name, value, tmp_path_factory, monkeypatch):
     """No flag is dead: those that are not about the machine or the log change what is learned."""
-    policy = trained(module, **{name: value})["policy"]
-    if name not in INERT and value not in (getattr(module.Args(), name), TINY.get(name)):
-        default = default_policies[module]
-        assert any(not torch.equal(policy[key], default[key]) for key in default)
+    threads = []  # only noted: two threads on a busy machine wait for each other
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    value = 2 if name == "bins" else value  # 1 is refused
+    needs = NEEDS.get(name, {})
+    small = {"num_samples": {"num_elites": 1}}.get(name, {})
+    other = learned(module, trained(module, **{**needs, **small, name: value}))
+    assert threads == [value if name == "num_threads" else 1]
+    used = getattr(module.Args(), name), SETTINGS[module].get(name)
+    if name not in INERT and value not in used:
+        before = default(module, tmp_path_factory, **needs)
+        assert before.keys() != other.keys() or any(
+            before[key].shape != other[key].shape or not torch.equal(before[key], other[key])
+            for key in before
+        )
+
+
+def test_observations_of_several_parts(module):
+    """A Dict of a vector and a number from 0 to 2: 5 inputs."""
+    env_id = "envs:DictObs-v0" if module in [*MODULES, dqn] else "envs:DictObsBox-v0"
+    inputs = next(
+        x for x in learned(module, trained(module, env_id=env_id)).values() if x.dim() > 1
+    )
+    assert inputs.shape[1] == (7 if module in (cem_q, ddpg_continuous) else 5)
 
 
 @pytest.mark.parametrize("estimator", ["trajectory", "causal", "per_decision", "per_step"])
 def test_offpolicy_without_a_baseline(estimator):
-    trained(MODULES[2], estimator=estimator, baseline="none")
+    trained(offpolicy_pg, estimator=estimator, baseline="none")
+
+
+def test_all_extensions_together():
+    trained(dqn, double_q=True, dueling=True, prioritized_replay=True)
 
 
 def test_continuous_actions(script):
@@ -66,32 +112,63 @@ def test_continuous_actions(script):
     assert "log_std" in checkpoint["policy"]
 
 
-def test_one_env(script):
-    trained(script, num_envs=1)
+def test_one_env(module):
+    trained(module, num_envs=1)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_as_a_user_starts_it(name, tmp_path):
-    result = run(name, "--total-timesteps", 300, "--num-envs", 4, cwd=tmp_path)
+def test_copied_elsewhere_a_script_runs_alone(module, tmp_path):
+    """As a user starts it, and without what is beside it here."""
+    name = f"{module.__name__}.py"
+    shutil.copy(ROOT / name, tmp_path)
+    flags = ["--total-timesteps", "300", "--num-envs", "4", "--eval-episodes", "2"]
+    flags += ["--learning-starts", "100"] if module in VALUE_MODULES else []
+    command = [sys.executable, "-I", name, *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "greedy return" in result.stdout
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith(f"CartPole-v1__{name}__1__")
+    assert run_dir.name.startswith(f"{module.Args().env_id}__{module.__name__}__1__")
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] >= 300
-    assert [x.name for x in run_dir.glob("*.tmp")] == []
+    assert list(run_dir.glob("*.tmp")) == []
+
+
+def test_help_shows_the_equations_and_every_flag(module, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(module.__file__, run_name="__main__")
+    signal.signal(signal.SIGTERM, handler)
+    text = capsys.readouterr().out
+    assert "(1)" in text and "(5)" in text
+    assert all(f"--{name.replace('_', '-')}" in text for name in vars(module.Args()))
+
+
+def test_train_closes_every_env_before_it_makes_the_next(module, monkeypatch):
+    done, make_envs = [], module.make_envs
+
+    def record(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
+        done.append("made")
+        envs.close = lambda: done.append("closed")
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", record)
+    module.train(module.Args(**SETTINGS[module]))
+    assert done == ["made", "closed", "made", "closed"]
 
 
 def test_metrics_reach_wandb(script, tmp_path):
     trained(script, wandb_mode="offline")
     (directory,) = tmp_path.glob("runs/*/wandb/offline-run-*")
-    logged = {key for record in records(directory) for key in keys(record)}
+    logged = keys(records(directory))
     charts = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
     own = {
         "reinforce": set(),
         "pg_baseline": {f"variance/{b}" for b in ("none", "average", "value", "optimal")},
         "offpolicy_pg": {"weights/effective_fraction", "weights/largest", "losses/kl"},
     }[script.__name__]
-    expected = charts | own | {"losses/policy_loss", "eval/episodic_return", "global_step"}
+    expected = charts | own | {"losses/policy_loss", "eval/episodic_return", "_step"}
     assert expected <= logged, expected - logged
 
 
@@ -102,11 +179,3 @@ def keys(record):
     if isinstance(record, list):
         return set().union(*map(keys, record))
     return {record} if isinstance(record, str) else set()
-
-
-@pytest.mark.parametrize("name", SCRIPTS + VALUE_BASED)
-def test_copied_elsewhere_a_script_runs_alone(name, tmp_path):
-    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    command = [sys.executable, "-I", f"{name}.py", "--help"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and "--total-timesteps" in result.stdout
