@@ -1,5 +1,7 @@
 """Tests of ddpg_continuous.py: its noise, its critic and its actor."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import VALUE_TINY
@@ -105,15 +107,21 @@ def test_train_of_ddpg_starts_each_episode_with_new_noise(spy):
     assert kept > reset > 50
 
 
-def test_train_of_ddpg_steps_the_actor_alone_on_the_actors_loss(monkeypatch):
-    """Between the critic's step and the next zero_grad, the critic's gradient is the critic's."""
-    made, loss = [], ddpg_continuous.actor_loss
+def test_train_of_ddpg_steps_the_critic_alone_and_then_the_actor_alone(spy, monkeypatch):
+    made = {name: spy(ddpg_continuous, name) for name in ("QNetwork", "Actor")}
+    moved, step = [], torch.optim.Adam.step
 
-    def record(actor, q_network, obs):
-        made.append((q_network, [p.grad.clone() for p in q_network.parameters()]))
-        return loss(actor, q_network, obs)
+    def parameters():
+        return {name: deepcopy(calls[0].result.state_dict()) for name, calls in made.items()}
 
-    monkeypatch.setattr(ddpg_continuous, "actor_loss", record)
+    def record(self):
+        before = parameters()
+        step(self)
+        after = parameters()
+        for name in made:
+            if any(not torch.equal(before[name][key], after[name][key]) for key in before[name]):
+                moved.append(name)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
     ddpg_continuous.train(ddpg_continuous.Args(**VALUE_TINY))
-    network, last = made[-1]
-    assert all(torch.equal(p.grad, before) for p, before in zip(network.parameters(), last))
+    assert len(moved) > 20 and moved == ["QNetwork", "Actor"] * (len(moved) // 2)

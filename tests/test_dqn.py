@@ -1,5 +1,6 @@
 """Tests of dqn.py and its extensions; those of its plain replay buffer are in test_buffer.py."""
 
+import shlex
 from pathlib import Path
 
 import gymnasium as gym
@@ -83,6 +84,15 @@ def test_equation_8_the_mean_of_the_dueling_advantages_is_0():
     torch.testing.assert_close(differences, advantages[:, 0] - advantages[:, 1])
 
 
+def test_a_table_has_a_number_for_each_state_and_action():
+    table = dqn.QTable(3, 2)
+    assert [tuple(x.shape) for x in table.parameters()] == [(2, 3)]
+    assert table(torch.eye(3)).eq(0).all()
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    assert table(torch.eye(3)[[2, 0]]).tolist() == [[3, 6], [1, 4]]
+
+
 def test_equation_9_priorities_and_weights():
     torch.manual_seed(0)
     buffer = buffer_of(dqn.PrioritizedReplayBuffer, 8)
@@ -129,7 +139,7 @@ def test_no_greedy_policy_can_cross_the_corridor(q_values, expected):
     for action in (0, 1):
         vector_env = dqn.make_envs("envs:Corridor-v0", 1)
         policy = lambda obs, action=action: torch.full((1,), action)  # noqa: E731
-        assert dqn.evaluate(policy, vector_env, torch.device("cpu")) == -100  # the time limit
+        assert dqn.evaluate(policy, vector_env, "cpu") == -100  # the time limit
 
 
 @pytest.mark.parametrize(
@@ -253,7 +263,8 @@ def test_an_episode_that_the_time_limit_cuts_has_a_future():
 
 def test_q_learning_is_off_policy_and_needs_coverage():
     """It learns Q* from a policy that acts at random, and nothing from one that never explores."""
-    lake = {"env_id": "benchmark.envs:OneHotFrozenLake-v1", "total_timesteps": 12_000}
+    lake = {"env_id": "FrozenLake-v1", "env_kwargs": '{"is_slippery": false}'}
+    lake["total_timesteps"] = 12_000
     table, greedy_return = table_of(**lake, start_e=1.0, end_e=1.0)
     close(table[0], LAKE, atol=1e-3)
     assert greedy_return == 1
@@ -263,9 +274,10 @@ def test_q_learning_is_off_policy_and_needs_coverage():
 
 @pytest.mark.slow
 def test_tabular_q_learning_finds_the_values_of_frozen_lake():
-    """By the README's command."""
-    command = next(c for c in (ROOT / "README.md").read_text().splitlines() if "--tabular" in c)
-    args = tyro.cli(dqn.Args, args=command.split("dqn.py")[1].split())
+    """By the command in docs/dqn.md."""
+    lines = (ROOT / "docs" / "dqn.md").read_text().splitlines()
+    (command,) = [line for line in lines if line.startswith("python") and "--tabular" in line]
+    args = tyro.cli(dqn.Args, args=shlex.split(command)[2:])
     args.wandb_mode, args.total_timesteps = "disabled", 20_000
     assert dqn.train(args).mean() == 1
     (path,) = Path("runs").glob("*/checkpoint.pt")

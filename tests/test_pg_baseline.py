@@ -14,6 +14,7 @@ from problems import (
     best_constant,
     close,
     exact_gradient,
+    flat_grad,
     moments,
     probabilities,
     scalar_lqr,
@@ -90,6 +91,27 @@ def test_trajectory_gradients_are_the_gradients_of_single_episodes(discrete):
     loss = pg_baseline.policy_loss(policy(obs).log_prob(actions), psi, mask)
     whole = torch.autograd.grad(loss, list(policy.parameters()))
     torch.testing.assert_close(-rows.mean(dim=0), torch.cat([x.flatten() for x in whole]))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_gradient_variances_are_those_of_the_gradients_of_single_episodes(discrete):
+    """Summed over the parameters, for each Ψ by its name."""
+    torch.manual_seed(0)
+    policy = pg_baseline.Policy(3, 2, discrete)
+    obs, mask = torch.randn(5, 6, 3), torch.ones(5, 6)
+    actions = policy(obs).sample()
+    mask[1, 3:] = 0
+    psis = {"one": mask * torch.randn(5, 6), "two": mask * (3 + torch.randn(5, 6))}
+    found = pg_baseline.gradient_variances(policy, obs, actions, psis)
+    assert list(found) == ["variance/one", "variance/two"]
+    for name, psi in psis.items():
+        rows = []
+        for i in range(5):
+            objective = (psi * policy(obs).log_prob(actions))[i].sum()
+            rows.append(flat_grad(objective, policy))
+        rows = torch.stack(rows)
+        expected = (rows - rows.mean(dim=0)).square().sum().item() / 5
+        assert found[f"variance/{name}"] == pytest.approx(expected, rel=1e-4)
 
 
 # Exact oracles

@@ -92,10 +92,9 @@ def test_every_option(module, name, value, tmp_path_factory, monkeypatch):
 def test_observations_of_several_parts(module):
     """A Dict of a vector and a number from 0 to 2: 5 inputs."""
     env_id = "envs:DictObs-v0" if module in [*MODULES, dqn] else "envs:DictObsBox-v0"
-    inputs = next(
-        x for x in learned(module, trained(module, env_id=env_id)).values() if x.dim() > 1
-    )
-    assert inputs.shape[1] == (7 if module in (cem_q, ddpg_continuous) else 5)
+    network = learned(module, trained(module, env_id=env_id))
+    first = next(value for value in network.values() if value.dim() == 2)
+    assert first.shape[1] == (7 if module in (cem_q, ddpg_continuous) else 5)  # and two actions
 
 
 @pytest.mark.parametrize("estimator", ["trajectory", "causal", "per_decision", "per_step"])
