@@ -105,6 +105,7 @@ def test_a_whole_run_is_on_its_device(module, own, device, monkeypatch):
     kept = []
     monkeypatch.setattr(module, "save_checkpoint", lambda run_dir, state: kept.append(state) or 0.0)
     settings = {"total_timesteps": 60, "num_envs": 4, "eval_episodes": 2} | own
+    settings["env_kwargs"] = '{"max_episode_steps": 20}'
     if module in VALUE_MODULES:
         settings |= {"learning_starts": 20, "batch_size": 8, "target_network_frequency": 1}
         settings = {k: v for k, v in settings.items() if hasattr(module.Args, k)}
