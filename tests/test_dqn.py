@@ -264,7 +264,7 @@ def test_an_episode_that_the_time_limit_cuts_has_a_future():
 def test_q_learning_is_off_policy_and_needs_coverage():
     """It learns Q* from a policy that acts at random, and nothing from one that never explores."""
     lake = {"env_id": "FrozenLake-v1", "env_kwargs": '{"is_slippery": false}'}
-    lake |= {"learning_rate": 1.0, "total_timesteps": 4000}  # 1, as nothing is random
+    lake |= {"learning_rate": 1.0, "total_timesteps": 4000}  # 1: the env is deterministic
     table, greedy_return = table_of(**lake, start_e=1.0, end_e=1.0)
     close(table[0], LAKE, atol=1e-3)
     assert greedy_return == 1
