@@ -152,47 +152,61 @@ def bias():
 
 
 def maximizers():
-    """Four searches on a bimodal Q: where they end, and what it costs."""
+    """Four searches on a bimodal Q: where they end, what they find, and what they cost."""
     torch.set_num_threads(1)
     peak = 0.53  # on no grid
-    Q = lambda a: bimodal(a - peak + 0.5)  # noqa: E731
-    q = lambda actions: Q(actions.squeeze(-1))  # noqa: E731
-    grids = {f"{bins}": partial(cem_q.argmax_grid, bins=bins) for bins in (4, 11, 21, 101)}
-    gradients = {
-        f"{n}": partial(cem_q.argmax_gradient, num_samples=n, iterations=20) for n in (1, 4, 16)
-    }
-    settings = {"num_samples": 64, "num_elites": 6}
-    cems = {f"{i}": partial(cem_q.argmax_cem, **settings, iterations=i) for i in (1, 2, 4)}
-    cmas = {f"{i}": partial(cem_q.argmax_cmaes, num_samples=16, iterations=i) for i in (5, 10, 20)}
-    families = {"grid, by bins": grids, "gradient, by starts": gradients}
-    families |= {"CEM, by iterations": cems, "CMA-ES, by iterations": cmas}
-    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
-    a = torch.linspace(-1, 1, 500)
-    left.plot(a, Q(a), color="0.5")
-    for row, ((name, family), marker, color) in enumerate(zip(families.items(), "soD^", COLORS)):
-        times, rates = [], []
-        for search in family.values():
+
+    def height(a):
+        return bimodal(a - peak + 0.5)
+
+    def q(actions):
+        return height(actions.squeeze(-1))
+
+    gradient = partial(cem_q.argmax_gradient, iterations=20)
+    cem = partial(cem_q.argmax_cem, num_samples=64, num_elites=6)
+    cmaes = partial(cem_q.argmax_cmaes, num_samples=16)
+    families = [
+        {f"grid, bins: {n}": partial(cem_q.argmax_grid, bins=n) for n in (4, 11, 21, 101)},
+        {f"gradient, starts: {n}": partial(gradient, num_samples=n) for n in (1, 4, 16)},
+        {f"CEM, iterations: {n}": partial(cem, iterations=n) for n in (1, 2, 4)},
+        {f"CMA-ES, iterations: {n}": partial(cmaes, iterations=n) for n in (5, 10, 20)},
+    ]
+    figure, panels = plt.subplots(1, 3, figsize=(10, 4.6), sharey=True, width_ratios=[2, 1, 1])
+    where, found, cost = panels
+    rows = {}  # name of a search: its place on the y axis, with a gap between the families
+    for gaps, (family, marker, color) in enumerate(zip(families, "soD^", COLORS)):
+        for name, search in family.items():
+            rows[name] = len(rows) + 0.7 * gaps
             torch.manual_seed(0)
-            found = search(q, 4000, 1).squeeze(-1)
-            rates.append((Q(found).mean() / 1.5).item())
+            ends = search(q, 60, 1).squeeze(-1)
+            where.plot(ends, 0 * ends + rows[name], marker, color=color, ms=4, alpha=0.5)
+            fraction = height(search(q, 4000, 1).squeeze(-1)).mean().item() / 1.5
             durations = []
             for _ in range(100):
                 start = time.perf_counter()
                 search(q, 128, 1)
                 durations.append(time.perf_counter() - start)
-            times.append(1e3 * min(durations))
-        right.semilogx(times, rates, marker=marker, linestyle=":", color=color, label=name)
-        for x, y, label in zip(times, rates, family):
-            right.annotate(label, (x, y), (4, -11), textcoords="offset points", fontsize=8)
-        middle = list(family.values())[1](q, 60, 1).squeeze(-1)
-        height = torch.full_like(middle, -0.15 - 0.12 * row)
-        left.scatter(middle, height, marker=marker, color=color, s=12, alpha=0.5)
-    left.set(xlabel="action a", ylabel="Q(a)", title="Q, and where 60 searches end")
-    right.set(xlabel="time of a batch of 128 searches, ms", ylabel="mean of Q found / max Q")
-    right.set(title="Success and cost", ylim=(-0.05, 1.1))
-    left.set_xticks([-1, -0.5, 0, 0.5, 1])
-    left.set_yticks([0, 0.5, 1, 1.5])
-    right.legend(loc="lower right", fontsize=8)
+            elapsed = 1e3 * min(durations)
+            for axes, value, digits in (found, fraction, ".2f"), (cost, elapsed, "#.2g"):
+                axes.plot(value, rows[name], marker, color=color)
+                edge = axes.get_yaxis_transform()  # x = 1 is the right edge of the panel
+                style = {"transform": edge, "fontsize": 9, "va": "center", "ha": "right"}
+                axes.text(1.2, rows[name], f"{value:{digits}}", **style)
+    bottom, top = max(rows.values()) + 0.8, -2.4
+    unit = (bottom - top - 1) / 1.5  # of Q, on the y axis, which runs downwards
+    a = torch.linspace(-1, 1, 500)
+    where.fill_between(a, bottom, bottom - unit * height(a), color="0.88", zorder=0)
+    where.text(peak - 1, bottom - unit - 0.2, "Q = 1", ha="center")
+    where.text(peak, bottom - 1.5 * unit - 0.2, "Q = 1.5", ha="center")
+    where.set(xlabel="action a", title="Where 60 searches end", ylim=(bottom, top))
+    where.set_xticks([-1, -0.5, 0, 0.5, 1])
+    where.set_yticks(list(rows.values()), list(rows), fontsize=9)
+    found.set(xlabel="mean Q found / max Q", title="What they find", xlim=(0, 1.05))
+    cost.set(xlabel="ms for 128 searches", title="What they cost", xscale="log", xlim=(0.05, 20))
+    for axes in panels:
+        axes.grid(axis="y", color="0.8", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
     return figure
 
 
