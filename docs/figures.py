@@ -7,17 +7,20 @@ python -m docs.figures variance naf    # or some
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from os import chdir
 from pathlib import Path
 
+import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import wandb
+from gymnasium.spaces import Discrete
+from gymnasium.wrappers import TransformAction
 
 import cem_q
 import naf
@@ -39,7 +42,6 @@ from problems import (
 )
 
 FOLDER = Path(__file__).resolve().parent / "figures"
-SEEDS = range(1, 6)
 # dark to light, so that they differ in grey too; the line styles help
 COLORS = ["#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
@@ -233,53 +235,106 @@ def quadratic():
 
 
 def curve(run):
-    """Env steps and training returns of a run, without a log on disk."""
-    name, settings = run
-    module, rows = import_module(name), []
-    wandb.log = rows.append
+    """The rows that a run logs and that have a return, without a log on disk."""
+    script, settings = run
+    module, rows = import_module(script), []
+
+    def log(metrics, step=None):
+        rows.append({"global_step": step} | metrics)
+
+    wandb.log = log
     for name in ("setup", "init", "define_metric", "finish"):
         setattr(wandb, name, lambda *args, **settings: None)
     with tempfile.TemporaryDirectory() as folder:
         chdir(folder)
-        with open("log", "w") as log, redirect_stderr(log):
+        with open("log", "w") as output, redirect_stdout(output), redirect_stderr(output):
             module.train(module.Args(**settings, eval_episodes=1))
         chdir("/")
-    rows = [row for row in rows if "charts/episodic_return" in row]
-    return [row["global_step"] for row in rows], [row["charts/episodic_return"] for row in rows]
+    return [row for row in rows if "charts/episodic_return" in row]
 
 
-def learning_curves(axes, runs, steps):
-    """Of each of runs, label to (script, settings): every seed, and the median of them."""
-    jobs = [(script, own | {"seed": seed}) for script, own in runs.values() for seed in SEEDS]
+def curves(runs, seeds):
+    """For each of runs, label to (script, settings): its rows for each of the seeds."""
+    jobs = [(script, own | {"seed": seed}) for script, own in runs.values() for seed in seeds]
     with get_context("spawn").Pool(2) as pool:
-        curves = pool.map(curve, jobs, chunksize=1)
-    for i, (name, style, color) in enumerate(zip(runs, STYLES, COLORS)):
-        mine = curves[i * len(SEEDS) : (i + 1) * len(SEEDS)]
-        for x, y in mine:
-            axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
-        inside = steps[steps <= min(x[-1] for x, _ in mine)]
-        median = np.nanmedian([np.interp(inside, x, y) for x, y in mine], axis=0)
-        axes.plot(inside, median, linestyle=style, color=color, linewidth=2, label=name)
-    axes.set(xlabel="env steps", ylabel="training return")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+        results = iter(pool.map(curve, jobs, chunksize=1))
+    return {label: [next(results) for _ in seeds] for label in runs}
+
+
+def plot_seeds(axes, found, metric, steps, **style):
+    """A thin line for each seed, and their median."""
+    values = []
+    for rows in found:
+        x = [row["global_step"] for row in rows]
+        y = [row[metric] for row in rows]
+        axes.plot(x, y, color=style["color"], alpha=0.3, linewidth=0.7)
+        values.append(np.interp(steps, x, y, right=np.nan))
+    inside = ~np.isnan(values).any(axis=0)  # where no run has ended yet
+    axes.plot(steps[inside], np.median(values, axis=0)[inside], linewidth=2, **style)
+
+
+def thousands(axes):
+    axes.set_xlabel("env steps")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+
+
+def three_torques(**settings):
+    """Pendulum-v1 with the torques -2, 0 and 2 as its actions, so that DQN can act in it."""
+    torques = np.array([[-2], [0], [2]], dtype=np.float32)
+    env = gym.make("Pendulum-v1", **settings)
+    return TransformAction(env, lambda action: torques[action], Discrete(3))
+
+
+gym.register("ThreeTorques-v1", three_torques)  # here, so that the worker processes have it too
 
 
 def replay():
-    """DQN with and without replay and target network, on CartPole-v1: one env, and 32."""
+    """DQN, and without one or both of its ideas, on Pendulum-v1 with three torques.
+
+    Each variant has the settings with the best training return over the second half of a run, in
+    the mean of the seeds 101, 102 and 103. Tried were --learning-rate 3e-4, 1e-3, 3e-3 and 1e-2,
+    each with an update after every env step, and with one after every 4. Without replay an update
+    sees the transitions since the last update, so "no replay" had a third chance, 64 updates on the
+    last 64 transitions, at 1e-3, 3e-3 and 1e-2; it was the best. "Neither" has no such chance, as
+    its target would stand still for those 64 updates. A copy every 100 env steps was better than
+    every 20 on the seeds 101 and 102. The figure shows ten other seeds.
+    """
     no_target = {"target_network_frequency": 1}
-    figure, panels = plt.subplots(1, 2, figsize=SIZE, sharey=True)
-    one = {"num_envs": 1, "num_steps": 4, "num_updates": 1, "learning_rate": 1e-3}
-    for axes, title, own, last in (panels[0], "One env", one, 4), (panels[1], "32 envs", {}, 32):
-        no_replay = {"buffer_size": last, "batch_size": last}  # those of the last round
-        runs = {
-            "DQN": ("dqn", own),
-            "no target network": ("dqn", own | no_target),
-            "no replay": ("dqn", own | no_replay),
-            "neither": ("dqn", own | no_target | no_replay),
-        }
-        learning_curves(axes, runs, np.linspace(1000, 50_000, 100))
-        axes.set_title(title)
-    panels[0].legend(loc="upper left")
+    variants = {
+        "DQN": {"learning_rate": 3e-3},
+        "no target network": {"learning_rate": 3e-3} | no_target,
+        "no replay": {"learning_rate": 1e-2, "num_steps": 64, "num_updates": 64, "buffer_size": 64},
+        "neither": {"learning_rate": 3e-4, "buffer_size": 1, "batch_size": 1} | no_target,
+    }
+    common = {"env_id": "ThreeTorques-v1", "num_envs": 1, "total_timesteps": 12_000}
+    common |= {"num_steps": 1, "num_updates": 1, "batch_size": 64, "target_network_frequency": 100}
+    runs = {variant: ("dqn", common | own) for variant, own in variants.items()}
+    found = curves(runs, range(1, 11))
+    titles = {
+        "DQN": "DQN:\nall transitions, a copy every 100",
+        "no target network": "No target network:\na copy after every update",
+        "no replay": "No replay:\nonly the last 64 transitions",
+        "neither": "Neither:\nonly the last transition",
+    }
+    rows = [
+        ("charts/episodic_return", "training return", (-1800, 150)),
+        ("losses/q_values", "mean Q of the batch", (-1000, 100)),
+    ]
+    steps = np.linspace(1000, 12_000, 100)
+    figure, panels = plt.subplots(2, 4, figsize=(10, 5), sharex=True, sharey="row")
+    for line, (metric, text, limits) in zip(panels, rows):
+        line[0].set(ylabel=text, ylim=limits)
+        for axes, variant, color in zip(line, variants, COLORS):
+            plot_seeds(axes, found[variant], metric, steps, color=color)
+            if variant != "DQN":
+                x, y = line[0].lines[-1].get_data()  # the median of DQN, to compare with
+                axes.plot(x, y, color="0.5", linestyle="--", linewidth=1.5)
+                axes.annotate("DQN", (x[-1], y[-1]), (0, 4), textcoords="offset points", ha="right")
+    for axes, variant in zip(panels[0], variants):
+        axes.set_title(titles[variant], fontsize=10)
+    for axes in panels[1]:
+        axes.set_xticks([0, 4000, 8000, 12_000])
+        thousands(axes)
     return figure
 
 
@@ -292,11 +347,13 @@ def samples():
         "offpolicy_pg.py, 1 step a batch": ("offpolicy_pg", {"num_updates": 1}),
     }
     figure, axes = plt.subplots(figsize=(9, 4))
-    learning_curves(axes, runs, np.geomspace(2000, 350_000, 200))
+    steps = np.geomspace(2000, 350_000, 200)
+    for (label, found), style, color in zip(curves(runs, range(1, 6)).items(), STYLES, COLORS):
+        plot_seeds(axes, found, "charts/episodic_return", steps, ls=style, color=color, label=label)
     axes.axhline(475, color="0.6", linewidth=0.8)
     axes.text(1500, 478, "solved: 475", va="bottom", color="0.4")
-    axes.set(xscale="log", xlim=(1000, 500_000))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    axes.set(ylabel="training return", xscale="log", xlim=(1000, 500_000))
+    thousands(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
