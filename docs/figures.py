@@ -265,8 +265,7 @@ def plot_seeds(axes, found, metric, steps, **style):
     """A thin line for each seed, and their median."""
     values = []
     for rows in found:
-        x = [row["global_step"] for row in rows]
-        y = [row[metric] for row in rows]
+        x, y = zip(*[(row["global_step"], row[metric]) for row in rows if metric in row])
         axes.plot(x, y, color=style["color"], alpha=0.3, linewidth=0.7)
         values.append(np.interp(steps, x, y, right=np.nan))
     inside = ~np.isnan(values).any(axis=0)  # where no run has ended yet
