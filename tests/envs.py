@@ -138,6 +138,7 @@ REFUSED = {
     "InfiniteBox-v0": box(1, high=np.inf),
     "HalfInfiniteBox-v0": Box(np.array([-1, -np.inf], "f4"), np.ones(2, "f4")),
     "MatrixBox-v0": box(2, 2),
+    "ScalarBox-v0": box(),
     "MultiDiscrete-v0": MultiDiscrete([2, 2]),
 }
 for env_id, actions in REFUSED.items():

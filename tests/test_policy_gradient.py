@@ -69,6 +69,14 @@ def test_rollout_samples_from_the_policy(script):
     assert 0.2 < trajectories.actions[:, 0].float().mean() < 0.8
 
 
+def test_greedy_rollouts_start_from_seed_1(script):
+    """So that the evaluations of all versions of a script can be compared."""
+    policy, vector_env = script.Policy(2, 2, False), script.make_envs("CountingBox-v0", 16)
+    first = script.rollout(vector_env, policy, greedy=True).obs[:, 0]
+    expected, _ = vector_env.reset(seed=1)
+    assert torch.equal(first, torch.tensor(expected, dtype=torch.float32))
+
+
 def test_greedy_rollout_takes_the_mode_and_draws_nothing(script):
     """So that all runs are evaluated on the same episodes."""
     policy, vector_env = script.Policy(2, 2, False), script.make_envs("CountingBox-v0", 16)
