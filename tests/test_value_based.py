@@ -80,15 +80,17 @@ def test_networks_take_any_leading_dimensions():
     assert dqn.QNetwork(3, 2).value is None
 
 
-def test_evaluate_counts_the_first_episode_of_each_env(value_script):
+@pytest.mark.parametrize("kind", ["Counting", "Truncating"])
+def test_evaluate_counts_the_first_episode_of_each_env(value_script, kind):
     """Σ_t 100 t + action, whatever comes after the end."""
     lengths = []
 
     def policy(obs):
         lengths.append(obs[:, 0])
+        assert len(lengths) <= 6  # the longest
         return torch.zeros(len(obs), dtype=torch.int64) if value_script is dqn else obs * 0
 
-    vector_env = value_script.make_envs(counting(value_script), 9)
+    vector_env = value_script.make_envs(counting(value_script, kind), 9)
     returns = value_script.evaluate(policy, vector_env, "cpu")
     action = 1 if value_script is dqn else 6
     expected = lengths[0] * (50 * (lengths[0] - 1) + action)
