@@ -66,11 +66,11 @@ class Args:
     capture_video: bool = False  # film one more greedy episode at the end
     resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
-    wandb_project: str = "rl-by-equation"
-    learning_rate: float = 4e-3  # η
-    anneal_lr: bool = True  # η falls to 0
+    wandb_project: str = "rl-by-equation"  # project on W&B
+    learning_rate: float = 4e-3  # η, the step size
+    anneal_lr: bool = True  # let η fall to 0 by the end
     gamma: float = 0.99  # discount
-    buffer_size: int = 50_000  # transitions
+    buffer_size: int = 50_000  # transitions that the buffer keeps
     batch_size: int = 256  # transitions in an update
     num_steps: int = 1  # steps of each env in a round, before its updates
     num_updates: int = 8  # gradient steps in a round

@@ -65,18 +65,18 @@ class Args:
     capture_video: bool = False  # film one more greedy episode at the end
     resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
-    wandb_project: str = "rl-by-equation"
-    learning_rate: float = 3e-3  # η
-    anneal_lr: bool = True  # η falls to 0
+    wandb_project: str = "rl-by-equation"  # project on W&B
+    learning_rate: float = 3e-3  # η, the step size
+    anneal_lr: bool = True  # let η fall to 0 by the end
     gamma: float = 0.98  # discount
     reward_scale: float = 0.03  # c; about 1 over the largest discounted return
-    buffer_size: int = 50_000  # transitions
+    buffer_size: int = 50_000  # transitions that the buffer keeps
     batch_size: int = 128  # transitions in an update
     num_steps: int = 1  # steps of each env in a round, before its updates
     num_updates: int = 4  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.01  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.4  # σ
+    exploration_noise: float = 0.4  # σ, the deviation of the noise
 
     def __post_init__(self) -> None:
         for field in fields(self):

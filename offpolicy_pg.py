@@ -58,13 +58,13 @@ class Args:
     capture_video: bool = False  # film one more greedy episode at the end
     resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
-    wandb_project: str = "rl-by-equation"
+    wandb_project: str = "rl-by-equation"  # project on W&B
     estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # Ψ
     num_updates: int = 20  # gradient steps on one batch, at most
-    target_kl: float = 0.02  # δ
+    target_kl: float = 0.02  # δ, the KL that ends the steps on a batch
     baseline: Literal["none", "value"] = "value"  # subtract w V(s), (8)
-    value_learning_rate: float = 1e-2  # of the fit of V
-    learning_rate: float = 5e-3  # α
+    value_learning_rate: float = 1e-2  # step size of the fit of V
+    learning_rate: float = 5e-3  # α, the step size
     gamma: float = 1.0  # discount; the slides have none
 
     def __post_init__(self) -> None:

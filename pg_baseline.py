@@ -59,10 +59,10 @@ class Args:
     capture_video: bool = False  # film one more greedy episode at the end
     resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
-    wandb_project: str = "rl-by-equation"
-    baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6) or (7)
+    wandb_project: str = "rl-by-equation"  # project on W&B
+    baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6), (7)
     normalize_advantages: bool = False  # divide Ψ by its deviation over the batch; biased
-    value_learning_rate: float = 1e-2  # of the fit of V
+    value_learning_rate: float = 1e-2  # step size of the fit of V
     learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
     gamma: float = 1.0  # discount; the slides have none

@@ -56,7 +56,7 @@ class Args:
     capture_video: bool = False  # film one more greedy episode at the end
     resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
-    wandb_project: str = "rl-by-equation"
+    wandb_project: str = "rl-by-equation"  # project on W&B
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ, (3) or (4)
     learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
