@@ -10,24 +10,25 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 class Counting(gym.Env):
     """Episodes of 1 to 6 steps; the observation is (length, t), the reward 100 t + action."""
 
-    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
-
-    def __init__(self, action_space=None, truncates=False):
+    def __init__(self, action_space=None, truncates=False, dtype="float64"):
+        self.observation_space = Box(-np.inf, np.inf, (2,), dtype)
         self.action_space = Discrete(2, start=1) if action_space is None else action_space
         self.truncates = truncates
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.length, self.t = int(self.np_random.integers(1, 7)), 0
-        return np.array([self.length, self.t], dtype=np.float64), {}
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.length, self.t], dtype=self.observation_space.dtype)
 
     def step(self, action):
         assert self.action_space.contains(action), (action, self.action_space)
         reward = 100 * self.t + float(np.sum(action))
         self.t += 1
         done = self.t == self.length
-        obs = np.array([self.length, self.t], dtype=np.float64)
-        return obs, reward, done and not self.truncates, done and self.truncates, {}
+        return self.observe(), reward, done and not self.truncates, done and self.truncates, {}
 
 
 class Edge(gym.Env):

@@ -60,9 +60,20 @@ def test_equation_3_samples_what_the_replay_buffer_holds_and_all_of_it(value_scr
 
 
 @pytest.mark.parametrize("truncates", [False, True])
-def test_the_buffer_holds_every_transition_and_no_reset(value_script, truncates, filled_buffer):
+def test_the_buffer_holds_every_transition_and_no_reset(
+    value_script, truncates, filled_buffer, monkeypatch
+):
+    """Of envs that write each observation where the last one was."""
+    make_envs = value_script.make_envs
+
+    def record(*args):
+        vector_env = make_envs(*args)
+        vector_env.unwrapped.copy = False
+        return vector_env
+
+    monkeypatch.setattr(value_script, "make_envs", record)
     env_id = counting(value_script, "Truncating" if truncates else "Counting")
-    buffer = filled_buffer(value_script, env_id)
+    buffer = filled_buffer(value_script, env_id, env_kwargs='{"dtype": "float32"}')
     stored = int(buffer.count)
     assert 400 <= stored < 404
     length, t = buffer.obs[:stored].T

@@ -6,7 +6,6 @@ data, and an operation that mixes them with those of the CPU is an error, as it 
 
 from types import SimpleNamespace
 
-import envs  # noqa: F401
 import pytest
 import torch
 from conftest import VALUE_MODULES

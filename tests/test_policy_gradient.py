@@ -93,7 +93,7 @@ def test_greedy_rollout_takes_the_mode_and_draws_nothing(script):
 
 
 def test_rollout_copies_observations_an_env_reuses(script):
-    vector_env = script.make_envs("Counting-v0", 4)
+    vector_env = script.make_envs("Counting-v0", 4, dtype="float32")  # not to be converted
     vector_env.unwrapped.copy = False
     obs = script.rollout(vector_env, script.Policy(2, 2, True)).obs
     assert obs[0, 0, 1] == 0 and obs[0, 1, 1] == 1
@@ -222,3 +222,4 @@ def test_the_logged_return_and_length_are_means_over_episodes(script, logged, sp
         assert row["charts/episodic_length"] == pytest.approx(batch.mask.sum().item() / 4)
         assert row["global_step"] == steps
     assert logged[-1]["eval/episodic_return"] == pytest.approx(returns.mean().item())
+    assert logged[-1]["global_step"] == steps

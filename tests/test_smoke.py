@@ -143,18 +143,20 @@ def test_help_shows_the_equations_and_every_flag(module, monkeypatch, capsys):
     assert all(f"--{name.replace('_', '-')}" in text for name in vars(module.Args()))
 
 
-def test_train_closes_every_env_before_it_makes_the_next(module, monkeypatch):
-    done, make_envs = [], module.make_envs
+def test_train_closes_the_envs_before_it_makes_those_of_the_evaluation(module, monkeypatch):
+    done, make_envs, settings = [], module.make_envs, '{"max_episode_steps": 9}'
 
-    def record(*args, **kwargs):
-        envs = make_envs(*args, **kwargs)
-        done.append("made")
-        envs.close = lambda: done.append("closed")
-        return envs
+    def record(*args):
+        vector_env = make_envs(*args)
+        done.append(args)
+        vector_env.close = lambda: done.append("closed")
+        return vector_env
 
     monkeypatch.setattr(module, "make_envs", record)
-    module.train(module.Args(**SETTINGS[module]))
-    assert done == ["made", "closed", "made", "closed"]
+    args = module.Args(**SETTINGS[module], env_kwargs=settings)
+    module.train(args)
+    training, evaluation = [(args.env_id, n, settings) for n in (args.num_envs, args.eval_episodes)]
+    assert done == [training, "closed", evaluation, "closed"]
 
 
 def test_metrics_reach_wandb(script, tmp_path):
