@@ -42,7 +42,7 @@ class Actor(nn.Sequential):
 
 class Critic(ddpg_continuous.QNetwork):
     def __init__(self, obs_dim, action_dim):
-        nn.Sequential.__init__(self, mlp(obs_dim + action_dim, 1), nn.Flatten(-2))
+        nn.Sequential.__init__(self, mlp(obs_dim + action_dim, 1))
 
 
 def steps_per_second(module, **settings):
