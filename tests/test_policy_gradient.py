@@ -203,6 +203,25 @@ def test_the_value_network_is_fitted_on_the_returns_and_only_after_its_use(recor
     assert error < 0.5 * returns.square().mean()
 
 
+@pytest.mark.parametrize("module", [pg_baseline, offpolicy_pg])
+def test_the_value_network_is_fitted_on_each_step_once_and_never_on_padding(
+    module, spy, monkeypatch
+):
+    rollouts, fitted, forward = spy(module, "rollout"), [], module.ValueNetwork.forward
+
+    def record(network, obs):
+        if obs.dim() == 2:  # rows of steps; whole episodes are only evaluated
+            fitted.append(obs)
+        return forward(network, obs)
+
+    monkeypatch.setattr(module.ValueNetwork, "forward", record)
+    module.train(module.Args(**TINY))
+    steps = torch.cat([call.result.obs[call.result.mask.bool()] for call in rollouts[:-1]])
+    fitted = torch.cat(fitted)
+    assert len(fitted) == len(steps)
+    assert torch.equal(fitted.unique(dim=0), steps.unique(dim=0))
+
+
 @pytest.mark.parametrize("module", [reinforce, pg_baseline])
 def test_the_step_size_decreases_with_the_env_steps(module, learning_rates, logged):
     module.train(module.Args(**TINY, learning_rate=0.5, decay_steps=100))

@@ -297,6 +297,9 @@ def test_metrics_that_are_logged(value_script, logged):
         if step > 600:
             expected |= {"losses/td_loss", "losses/q_values"} | own
         assert row.keys() == expected and all(map(math.isfinite, row.values()))
+    if value_script is cem_q:  # seconds so far
+        seconds = [row["time/maximizing"] for row in logged[1:-1]]
+        assert seconds[0] > 0 and seconds == sorted(set(seconds))
     assert [step // 500 for step in steps] == [1, 2, 3, 4, 4] and steps[-1] >= 2100
     greedy_return = pytest.approx(returns.mean().item())
     assert logged[-1] == {"eval/episodic_return": greedy_return, "global_step": steps[-1]}
