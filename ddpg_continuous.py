@@ -84,7 +84,8 @@ class Args:
                 raise ValueError(f"--{field.name} must be at least 1")
             if field.type is float and not 0 <= value <= 1:
                 raise ValueError(f"--{field.name} must be in [0, 1]")
-        json.loads(self.env_kwargs)  # a ValueError, too
+        if not isinstance(json.loads(self.env_kwargs), dict):
+            raise ValueError("--env-kwargs must be a JSON object")
         if not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here")
         if self.learning_starts >= self.total_timesteps:

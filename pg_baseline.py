@@ -74,7 +74,8 @@ class Args:
                 raise ValueError(f"--{field.name} must be at least 1")
             if field.type is float and not 0 <= value <= 1:
                 raise ValueError(f"--{field.name} must be in [0, 1]")
-        json.loads(self.env_kwargs)  # a ValueError, too
+        if not isinstance(json.loads(self.env_kwargs), dict):
+            raise ValueError("--env-kwargs must be a JSON object")
         if not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here")
 
@@ -172,9 +173,7 @@ def trajectory_gradients(policy: Policy, obs: Tensor, actions: Tensor, psi: Tens
 def gradient_variances(policy, obs: Tensor, actions: Tensor, psis: dict[str, Tensor]) -> dict:
     """Total variance of the gradient of one episode, by name, for each Ψ of psis, 0 on padding."""
     gradients = {key: trajectory_gradients(policy, obs, actions, psi) for key, psi in psis.items()}
-    return {
-        f"variance/{key}": x.var(dim=0, correction=0).sum().item() for key, x in gradients.items()
-    }
+    return {key: x.var(dim=0, correction=0).sum() for key, x in gradients.items()}
 
 
 def train(args: Args) -> Tensor:
@@ -254,7 +253,7 @@ def train(args: Args) -> Tensor:
             "charts/SPS": steps / (time.perf_counter() - start),
             "losses/policy_loss": loss.item(),
             "losses/value_loss": value_loss.item(),
-            **variances,
+            **{f"variance/{key}": variance.item() for key, variance in variances.items()},
         }
         wandb.log(metrics, step=global_step)
         progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
