@@ -80,6 +80,19 @@ def test_networks_take_any_leading_dimensions():
     assert dqn.QNetwork(3, 2).value is None
 
 
+def test_evaluations_start_from_seed_1(value_script):
+    """So that the evaluations of all versions of a script can be compared."""
+    seen, vector_env = [], value_script.make_envs(counting(value_script), 16)
+    expected, _ = vector_env.reset(seed=1)
+
+    def policy(obs):
+        seen.append(obs)
+        return torch.zeros(16, dtype=torch.int64) if value_script is dqn else obs * 0
+
+    value_script.evaluate(policy, vector_env, "cpu")
+    assert torch.equal(seen[0], torch.tensor(expected, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("kind", ["Counting", "Truncating"])
 def test_evaluate_counts_the_first_episode_of_each_env(value_script, kind):
     """Σ_t 100 t + action, whatever comes after the end."""
