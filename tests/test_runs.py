@@ -598,13 +598,13 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     long = flags(name, total_timesteps=10**8)
     process = start(name, *long, cwd=tmp_path, start_new_session=True)
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    time.sleep(5)
+    time.sleep(12)  # the first write is slow, and the second waits 50 times as long
     os.killpg(process.pid, number)  # as a terminal or a cluster does, W&B's process included
     killed = time.time_ns()
     out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
     assert err.endswith("KeyboardInterrupt\n")
-    assert killed - written(tmp_path) < 3e9
+    assert killed - written(tmp_path) < 8e9
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     step = torch.load(path, weights_only=True)["global_step"]
     logged, _ = last_step(path.parent)
