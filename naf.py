@@ -201,7 +201,7 @@ def train(args: Args) -> Tensor:
     wandb.init(dir=run_dir, config=vars(args), settings=log)
     print(f"to go on after a stop: python {sys.argv[0]} --resume {run_dir}/checkpoint.pt")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
-    next_save = 0.0
+    next_save = time.monotonic() + 2
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)

@@ -460,6 +460,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(module
         return original(*args) * (float("nan") if len(calls) > 60 else 1.0)
 
     monkeypatch.setattr(module, name, breaks_later)
+    late = itertools.count(0, 1000)  # a save is always due
+    clock = {"monotonic": lambda: next(late) / 7, "perf_counter": time.perf_counter}
+    monkeypatch.setattr(module, "time", SimpleNamespace(**clock, time_ns=time.time_ns))
     monkeypatch.setattr(module, "save_checkpoint", always(module.save_checkpoint))
     with pytest.raises(FloatingPointError, match="step"):
         trained(module, num_envs=2, total_timesteps=100_000)
@@ -515,7 +518,7 @@ def test_a_save_is_due_after_2_s_or_so_that_saving_takes_2_percent(
     assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_run_saves_after_its_first_round_when_2_s_have_passed_and_at_its_end(module, monkeypatch):
+def test_a_run_saves_when_2_s_have_passed_and_at_its_end(module, monkeypatch):
     """Rounds of a second each, by a clock of its own; also in the warm-up."""
     saves, seconds = [], []
 
@@ -534,7 +537,7 @@ def test_a_run_saves_after_its_first_round_when_2_s_have_passed_and_at_its_end(m
     own = {"learning_starts": 300} if module in VALUE_MODULES else {}
     checkpoint, _, _ = trained(module, **own)
     moments, steps = zip(*saves)
-    assert moments == tuple(sorted({*range(1, len(seconds), 3), len(seconds)}))
+    assert moments == tuple(sorted({*range(4, len(seconds), 3), len(seconds)}))
     assert list(steps) == sorted(set(steps)) and steps[-1] == checkpoint["global_step"] >= 400
 
 
@@ -598,13 +601,13 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     long = flags(name, total_timesteps=10**8)
     process = start(name, *long, cwd=tmp_path, start_new_session=True)
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    time.sleep(12)  # the first write is slow, and the second waits 50 times as long
+    time.sleep(5)
     os.killpg(process.pid, number)  # as a terminal or a cluster does, W&B's process included
     killed = time.time_ns()
     out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
     assert err.endswith("KeyboardInterrupt\n")
-    assert killed - written(tmp_path) < 8e9
+    assert killed - written(tmp_path) < 3e9
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     step = torch.load(path, weights_only=True)["global_step"]
     logged, _ = last_step(path.parent)
