@@ -25,6 +25,8 @@ near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the b
 
 import json
 import os
+import random
+import shlex
 import signal
 import sys
 import time
@@ -55,6 +57,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
+    vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
     total_timesteps: int = 20_000  # env steps; the last round is completed
     num_envs: int = 8  # N, the envs stepped at once
@@ -81,6 +84,8 @@ class Args:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is not None and type(value) not in (bool, int, float, str):
+                raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
             if field.type is int and field.name != "seed" and value < 1:
                 raise ValueError(f"--{field.name} must be at least 1")
             if field.type is float and not 0 <= value <= 1:
@@ -161,7 +166,8 @@ def select_actions(q_network: nn.Module, obs: Tensor, sigma: float) -> Tensor:
 def td_target(batch: Batch, target_network, gamma: float, reward_scale: float) -> Tensor:
     """(4) y, (B,)."""
     _, _, next_value = target_network(batch.next_obs)
-    return reward_scale * batch.rewards + gamma * (1 - batch.terminations) * next_value
+    future = next_value.masked_fill(batch.terminations > 0, 0)  # a last s' may be nan
+    return reward_scale * batch.rewards + gamma * future
 
 
 @torch.no_grad()
@@ -173,9 +179,12 @@ def update_target(target_network: nn.Module, q_network: nn.Module, tau: float) -
 
 def train(args: Args) -> Tensor:
     """Returns of the greedy evaluation, (eval_episodes,)."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
+    settings = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
+    envs = make_envs(args.env_id, args.num_envs, **settings)
     envs = RecordEpisodeStatistics(envs, buffer_length=20, stats_key="training")
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     q_network = NAFNetwork(obs_dim, action_dim).to(args.device)
@@ -189,7 +198,6 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -198,8 +206,10 @@ def train(args: Args) -> Tensor:
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
     log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
-    wandb.init(dir=run_dir, config=vars(args), settings=log)
-    print(f"to go on after a stop: python {sys.argv[0]} --resume {run_dir}/checkpoint.pt")
+    run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
+    here = shlex.quote(str(run_dir))
+    print(f"to go on after a stop: python {shlex.quote(__file__)} --resume {here}/checkpoint.pt")
+    print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
 
@@ -219,7 +229,7 @@ def train(args: Args) -> Tensor:
             transitions = obs, actions, rewards, next_obs, terminations
             buffer.add(*(x[live] for x in transitions))  # an env not live was only reset
             global_step += int(live.sum())
-            live = ~(terminations | truncations)
+            live = ~np.logical_or(terminations, truncations)
         steps = global_step - before
 
         # 2. update on transitions of the buffer
@@ -247,7 +257,7 @@ def train(args: Args) -> Tensor:
             if num_updates > 0:
                 metrics["losses/td_loss"] = loss.item()
                 metrics["losses/q_values"] = q_values.mean().item()
-            wandb.log(metrics, step=global_step)
+            run.log(metrics, step=global_step)
         if time.monotonic() > next_save or global_step >= args.total_timesteps:
             if not all(x.isfinite().all() for x in q_network.parameters()):
                 raise FloatingPointError(f"Q is not finite at step {global_step}; see {run_dir}")
@@ -255,21 +265,24 @@ def train(args: Args) -> Tensor:
             state |= {key: part.state_dict() for key, part in parts.items()}
             next_save = save_checkpoint(run_dir, state)
 
-    progress.close()
     envs.close()
+    progress.set_description("evaluation")
     greedy = partial(select_actions, q_network, sigma=0.0)
-    envs = make_envs(args.env_id, args.eval_episodes, args.env_kwargs)
+    envs = make_envs(args.env_id, args.eval_episodes, **settings)
     returns = evaluate(greedy, envs, args.device)
-    wandb.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
+    progress.close()
+    run.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
-        film = make_envs(args.env_id, 1, args.env_kwargs, render_mode="rgb_array")
+        film = make_envs(args.env_id, 1, **settings | {"render_mode": "rgb_array"})
         film = RecordVideo(film, f"{run_dir}/videos")
         evaluate(greedy, film, args.device)
         video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
-        wandb.log({"eval/video": video}, step=global_step)
-    wandb.finish()
-    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+        run.log({"eval/video": video}, step=global_step)
+    run.finish()
+    print(f"saved in {run_dir}")
+    if args.wandb_mode != "disabled":
+        print(f"curves: wandb leet {here}/wandb")
     return returns
 
 
@@ -279,36 +292,52 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
     returns = torch.zeros(envs.num_envs, dtype=torch.float64)
     next_obs, _ = envs.reset(seed=1)
     live = np.ones(envs.num_envs, dtype=bool)
-    while live.any():
+    for _ in range(50_000):
         actions = policy(torch.tensor(next_obs, dtype=torch.float32, device=device))
         next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         returns += torch.from_numpy(np.where(live, rewards, 0))
-        live = live & ~(terminations | truncations)
-    envs.close()
-    return returns
+        live = live & ~np.logical_or(terminations, truncations)
+        if not live.any():
+            envs.close()
+            return returns
+    raise gym.error.Error("""no end in 50,000 steps: --env-kwargs '{"max_episode_steps": 1000}'""")
 
 
-def make_envs(env_id: str, num_envs: int, env_kwargs="{}", **kwargs) -> gym.vector.VectorEnv:
+def scale(space: Box, actions: np.ndarray) -> np.ndarray:
+    """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
+    share = (actions.astype(np.float64) + 1) / 2
+    scaled = ((1 - share) * space.low + share * space.high).clip(space.low, space.high)
+    return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
+
+
+def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     """Vector env of flat observations, which scales actions from [-1, 1] and clips them."""
-    kwargs |= json.loads(env_kwargs)
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
-    if envs.single_observation_space.shape != (flatdim(envs.single_observation_space),):
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, and not NEXT_STEP")
+    space = envs.single_observation_space
+    width = flatdim(space) if space.is_np_flattenable else float("inf")
+    if width > 10_000:
+        raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
+    if space.shape != (width,):
         envs = FlattenObservation(envs)
     space = envs.single_action_space
     if isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded():
-        low, high = space.low, space.high
-        return TransformAction(envs, lambda x: (low + (high - low) * (x + 1) / 2).clip(low, high))
-    raise gym.error.Error(f"--env-id {env_id}: {space} is not a bounded 1-D Box")
+        return TransformAction(envs, lambda actions: scale(space, actions))
+    hint = "dqn.py takes Discrete; others need gymnasium.wrappers.TransformAction"
+    raise gym.error.Error(f"--env-id {env_id}: {space} is not a bounded 1-D Box; {hint}")
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> float:
     """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
     start = time.monotonic()
+    new = run_dir / f"checkpoint.{os.getpid()}.tmp"
     try:
-        torch.save(state, run_dir / "checkpoint.tmp")
+        torch.save(state, new)
     except RuntimeError:  # which torch makes of a full disk
-        raise OSError(f"cannot write {run_dir}/checkpoint.tmp") from None
-    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+        raise OSError(f"cannot write {new}") from None
+    new.replace(run_dir / "checkpoint.pt")
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
 
 
@@ -323,6 +352,8 @@ def defaults(resume: str = "") -> Args:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    sys.path.append(os.getcwd())  # so that --env-id finds a module here
+    sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)

@@ -25,6 +25,8 @@ of all three is exponential in T. (7) is biased: no ratio of the states, the old
 
 import json
 import os
+import random
+import shlex
 import signal
 import sys
 import time
@@ -48,6 +50,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
+    vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
     total_timesteps: int = 60_000  # env steps; the last batch is completed
     num_envs: int = 8  # N, the envs stepped at once; a batch holds one episode of each
@@ -70,6 +73,8 @@ class Args:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is not None and type(value) not in (bool, int, float, str):
+                raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
             if field.type is int and field.name != "seed" and value < 1:
                 raise ValueError(f"--{field.name} must be at least 1")
             if field.type is float and not 0 <= value <= 1:
@@ -124,7 +129,7 @@ def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) ->
     next_obs, _ = envs.reset(seed=seed)
     live = np.ones(envs.num_envs, dtype=bool)
     steps = []
-    while live.any():
+    for _ in range(50_000):
         obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
         distribution = policy(obs)
         actions = distribution.mode if greedy else distribution.sample()
@@ -132,8 +137,10 @@ def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) ->
         rewards = torch.from_numpy(np.where(live, rewards, 0)).float()
         mask = torch.from_numpy(live).float()
         steps.append((obs, actions, rewards, mask, distribution.log_prob(actions)))
-        live = live & ~(terminations | truncations)
-    return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
+        live = live & ~np.logical_or(terminations, truncations)
+        if not live.any():
+            return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
+    raise gym.error.Error("""no end in 50,000 steps: --env-kwargs '{"max_episode_steps": 1000}'""")
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -163,7 +170,7 @@ def importance_weighted_psi(
     log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str
 ) -> Tensor:
     """(3) and (5) to (7), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
-    weights = log_weights(log_ratio, mask, estimator).exp().detach()
+    weights = log_weights(log_ratio, mask, estimator).exp().nan_to_num().detach()  # no inf · 0
     if estimator == "per_decision":
         return reward_to_go(weights * rewards, gamma)  # (6)
     returns = reward_to_go(rewards, gamma)
@@ -177,9 +184,12 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
 
 def train(args: Args) -> Tensor:
     """Returns of the greedy evaluation, (eval_episodes,)."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
+    settings = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
+    envs = make_envs(args.env_id, args.num_envs, **settings)
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
@@ -192,7 +202,6 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -201,8 +210,10 @@ def train(args: Args) -> Tensor:
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
     log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
-    wandb.init(dir=run_dir, config=vars(args), settings=log)
-    print(f"to go on after a stop: python {sys.argv[0]} --resume {run_dir}/checkpoint.pt")
+    run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
+    here = shlex.quote(str(run_dir))
+    print(f"to go on after a stop: python {shlex.quote(__file__)} --resume {here}/checkpoint.pt")
+    print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
 
@@ -219,7 +230,8 @@ def train(args: Args) -> Tensor:
             log_ratio = (log_probs - behavior_log_probs).detach()
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
             if args.baseline == "value":
-                psi = psi - log_weights(log_ratio, mask, args.estimator).exp() * values  # (8)
+                weights = log_weights(log_ratio, mask, args.estimator).exp().nan_to_num()
+                psi = psi - weights * values  # (8)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
@@ -257,7 +269,7 @@ def train(args: Args) -> Tensor:
             "weights/effective_fraction": effective_sample_size(log_w).item() / steps,
             "weights/largest": log_w.max().exp().item(),
         }
-        wandb.log(metrics, step=global_step)
+        run.log(metrics, step=global_step)
         progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
         progress.update(steps)
         if not all(x.isfinite().all() for net in (policy, value_network) for x in net.parameters()):
@@ -267,48 +279,65 @@ def train(args: Args) -> Tensor:
             state |= {key: part.state_dict() for key, part in parts.items()}
             next_save = save_checkpoint(run_dir, state)
 
-    progress.close()
     envs.close()
-    envs = make_envs(args.env_id, args.eval_episodes, args.env_kwargs)
+    progress.set_description("evaluation")
+    envs = make_envs(args.env_id, args.eval_episodes, **settings)
     returns = rollout(envs, policy, greedy=True).rewards.sum(dim=1).cpu()
     envs.close()
-    wandb.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
+    progress.close()
+    run.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
-        film = make_envs(args.env_id, 1, args.env_kwargs, render_mode="rgb_array")
+        film = make_envs(args.env_id, 1, **settings | {"render_mode": "rgb_array"})
         film = RecordVideo(film, f"{run_dir}/videos")
         rollout(film, policy, greedy=True)
         film.close()
         video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
-        wandb.log({"eval/video": video}, step=global_step)
-    wandb.finish()
-    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+        run.log({"eval/video": video}, step=global_step)
+    run.finish()
+    print(f"saved in {run_dir}")
+    if args.wandb_mode != "disabled":
+        print(f"curves: wandb leet {here}/wandb")
     return returns
 
 
-def make_envs(env_id: str, num_envs: int, env_kwargs="{}", **kwargs) -> gym.vector.VectorEnv:
+def scale(space: Box, actions: np.ndarray) -> np.ndarray:
+    """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
+    share = (actions.astype(np.float64) + 1) / 2
+    scaled = ((1 - share) * space.low + share * space.high).clip(space.low, space.high)
+    return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
+
+
+def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     """Vector env of flat observations, which scales Box actions from [-1, 1] and clips them."""
-    kwargs |= json.loads(env_kwargs)
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
-    if envs.single_observation_space.shape != (flatdim(envs.single_observation_space),):
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, and not NEXT_STEP")
+    space = envs.single_observation_space
+    width = flatdim(space) if space.is_np_flattenable else float("inf")
+    if width > 10_000:
+        raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
+    if space.shape != (width,):
         envs = FlattenObservation(envs)
     space = envs.single_action_space
     if isinstance(space, Discrete):
-        return TransformAction(envs, lambda actions: space.start + actions)
+        return TransformAction(envs, lambda x: (space.start + x).astype(space.dtype))
     if isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded():
-        low, high = space.low, space.high
-        return TransformAction(envs, lambda x: (low + (high - low) * (x + 1) / 2).clip(low, high))
-    raise gym.error.Error(f"--env-id {env_id}: {space} is neither Discrete nor a bounded 1-D Box")
+        return TransformAction(envs, lambda actions: scale(space, actions))
+    hint = "neither Discrete nor a bounded 1-D Box; it needs gymnasium.wrappers.TransformAction"
+    raise gym.error.Error(f"--env-id {env_id}: {space} is {hint}")
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> float:
     """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
     start = time.monotonic()
+    new = run_dir / f"checkpoint.{os.getpid()}.tmp"
     try:
-        torch.save(state, run_dir / "checkpoint.tmp")
+        torch.save(state, new)
     except RuntimeError:  # which torch makes of a full disk
-        raise OSError(f"cannot write {run_dir}/checkpoint.tmp") from None
-    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+        raise OSError(f"cannot write {new}") from None
+    new.replace(run_dir / "checkpoint.pt")
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
 
 
@@ -323,6 +352,8 @@ def defaults(resume: str = "") -> Args:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    sys.path.append(os.getcwd())  # so that --env-id finds a module here
+    sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)

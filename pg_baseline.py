@@ -25,6 +25,8 @@ At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; G adds the cross ter
 
 import json
 import os
+import random
+import shlex
 import signal
 import sys
 import time
@@ -49,6 +51,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id; package.module:MyEnv-v0 imports your own env
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
+    vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
     total_timesteps: int = 250_000  # env steps; the last batch is completed
     num_envs: int = 64  # N, the envs stepped at once; a batch holds one episode of each
@@ -70,6 +73,8 @@ class Args:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is not None and type(value) not in (bool, int, float, str):
+                raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
             if field.type is int and field.name != "seed" and value < 1:
                 raise ValueError(f"--{field.name} must be at least 1")
             if field.type is float and not 0 <= value <= 1:
@@ -123,14 +128,16 @@ def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) ->
     next_obs, _ = envs.reset(seed=seed)
     live = np.ones(envs.num_envs, dtype=bool)
     steps = []
-    while live.any():
+    for _ in range(50_000):
         obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
         actions = policy(obs).mode if greedy else policy(obs).sample()
         next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         rewards = torch.from_numpy(np.where(live, rewards, 0)).float()
         steps.append((obs, actions, rewards, torch.from_numpy(live).float()))
-        live = live & ~(terminations | truncations)
-    return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
+        live = live & ~np.logical_or(terminations, truncations)
+        if not live.any():
+            return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
+    raise gym.error.Error("""no end in 50,000 steps: --env-kwargs '{"max_episode_steps": 1000}'""")
 
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -150,13 +157,15 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
 
 def average_baseline(returns: Tensor, mask: Tensor) -> Tensor:
     """(5) Mean of G_jt over the other episodes, whose G is 0 after their end, (N, T)."""
-    return ((mask * returns).sum(dim=0) - mask * returns) / max(len(mask) - 1, 1)
+    others = 1 - torch.eye(len(mask), dtype=mask.dtype, device=mask.device)
+    return others @ (mask * returns) / max(len(mask) - 1, 1)
 
 
 def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
     """(7) From z and g, (N, P) each, to one constant an episode, (N, 1)."""
+    others = 1 - torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     products, norms = (scores * gradients).sum(dim=1), (scores * scores).sum(dim=1)
-    return ((products.sum() - products) / (norms.sum() - norms).clamp(min=1e-8)).unsqueeze(1)
+    return (others @ products / (others @ norms)).nan_to_num().unsqueeze(1)
 
 
 def trajectory_gradients(policy: Policy, obs: Tensor, actions: Tensor, psi: Tensor) -> Tensor:
@@ -178,9 +187,12 @@ def gradient_variances(policy, obs: Tensor, actions: Tensor, psis: dict[str, Ten
 
 def train(args: Args) -> Tensor:
     """Returns of the greedy evaluation, (eval_episodes,)."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
+    settings = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
+    envs = make_envs(args.env_id, args.num_envs, **settings)
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
@@ -193,7 +205,6 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -202,8 +213,10 @@ def train(args: Args) -> Tensor:
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
     log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
-    wandb.init(dir=run_dir, config=vars(args), settings=log)
-    print(f"to go on after a stop: python {sys.argv[0]} --resume {run_dir}/checkpoint.pt")
+    run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
+    here = shlex.quote(str(run_dir))
+    print(f"to go on after a stop: python {shlex.quote(__file__)} --resume {here}/checkpoint.pt")
+    print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
 
@@ -227,7 +240,9 @@ def train(args: Args) -> Tensor:
         variances = gradient_variances(policy, obs, actions, psis)
         psi = psis[args.baseline]
         if args.normalize_advantages:
-            psi = psi / (psi[live].std(correction=0) + 1e-8)
+            deviation = psi[live].std(correction=0)
+            rounding = 1e-5 * returns.abs().max()
+            psi = torch.where(deviation > rounding, psi / deviation, 0.0)
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
@@ -255,7 +270,7 @@ def train(args: Args) -> Tensor:
             "losses/value_loss": value_loss.item(),
             **{f"variance/{key}": variance.item() for key, variance in variances.items()},
         }
-        wandb.log(metrics, step=global_step)
+        run.log(metrics, step=global_step)
         progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}")
         progress.update(steps)
         if not all(x.isfinite().all() for net in (policy, value_network) for x in net.parameters()):
@@ -265,48 +280,65 @@ def train(args: Args) -> Tensor:
             state |= {key: part.state_dict() for key, part in parts.items()}
             next_save = save_checkpoint(run_dir, state)
 
-    progress.close()
     envs.close()
-    envs = make_envs(args.env_id, args.eval_episodes, args.env_kwargs)
+    progress.set_description("evaluation")
+    envs = make_envs(args.env_id, args.eval_episodes, **settings)
     returns = rollout(envs, policy, greedy=True).rewards.sum(dim=1).cpu()
     envs.close()
-    wandb.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
+    progress.close()
+    run.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
-        film = make_envs(args.env_id, 1, args.env_kwargs, render_mode="rgb_array")
+        film = make_envs(args.env_id, 1, **settings | {"render_mode": "rgb_array"})
         film = RecordVideo(film, f"{run_dir}/videos")
         rollout(film, policy, greedy=True)
         film.close()
         video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
-        wandb.log({"eval/video": video}, step=global_step)
-    wandb.finish()
-    print(f"saved in {run_dir}; curves: wandb leet {run_dir}/wandb")
+        run.log({"eval/video": video}, step=global_step)
+    run.finish()
+    print(f"saved in {run_dir}")
+    if args.wandb_mode != "disabled":
+        print(f"curves: wandb leet {here}/wandb")
     return returns
 
 
-def make_envs(env_id: str, num_envs: int, env_kwargs="{}", **kwargs) -> gym.vector.VectorEnv:
+def scale(space: Box, actions: np.ndarray) -> np.ndarray:
+    """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
+    share = (actions.astype(np.float64) + 1) / 2
+    scaled = ((1 - share) * space.low + share * space.high).clip(space.low, space.high)
+    return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
+
+
+def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     """Vector env of flat observations, which scales Box actions from [-1, 1] and clips them."""
-    kwargs |= json.loads(env_kwargs)
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
-    if envs.single_observation_space.shape != (flatdim(envs.single_observation_space),):
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, and not NEXT_STEP")
+    space = envs.single_observation_space
+    width = flatdim(space) if space.is_np_flattenable else float("inf")
+    if width > 10_000:
+        raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
+    if space.shape != (width,):
         envs = FlattenObservation(envs)
     space = envs.single_action_space
     if isinstance(space, Discrete):
-        return TransformAction(envs, lambda actions: space.start + actions)
+        return TransformAction(envs, lambda x: (space.start + x).astype(space.dtype))
     if isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded():
-        low, high = space.low, space.high
-        return TransformAction(envs, lambda x: (low + (high - low) * (x + 1) / 2).clip(low, high))
-    raise gym.error.Error(f"--env-id {env_id}: {space} is neither Discrete nor a bounded 1-D Box")
+        return TransformAction(envs, lambda actions: scale(space, actions))
+    hint = "neither Discrete nor a bounded 1-D Box; it needs gymnasium.wrappers.TransformAction"
+    raise gym.error.Error(f"--env-id {env_id}: {space} is {hint}")
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> float:
     """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
     start = time.monotonic()
+    new = run_dir / f"checkpoint.{os.getpid()}.tmp"
     try:
-        torch.save(state, run_dir / "checkpoint.tmp")
+        torch.save(state, new)
     except RuntimeError:  # which torch makes of a full disk
-        raise OSError(f"cannot write {run_dir}/checkpoint.tmp") from None
-    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
+        raise OSError(f"cannot write {new}") from None
+    new.replace(run_dir / "checkpoint.pt")
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
 
 
@@ -321,6 +353,8 @@ def defaults(resume: str = "") -> Args:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    sys.path.append(os.getcwd())  # so that --env-id finds a module here
+    sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)

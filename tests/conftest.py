@@ -99,9 +99,15 @@ def _own_directory(tmp_path, monkeypatch):
 def logged(monkeypatch):
     """What `train` logs, as a list of dicts, with the step of each row as "global_step"."""
     rows = []
-    for name in ("init", "finish"):
-        monkeypatch.setattr(wandb, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(wandb, "log", lambda row, step: rows.append({**row, "global_step": step}))
+
+    class Run:
+        def log(self, row, step):
+            rows.append({**row, "global_step": step})
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Run())
     return rows
 
 
