@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4.60",
+#     "numpy>=1.26"]
 # ///
 """Off-policy policy gradient by importance sampling. Lecture: Off-policy PG.
 
@@ -340,11 +341,9 @@ def save_checkpoint(run_dir: Path, state: dict) -> float:
     new = run_dir / f"checkpoint.{time.time_ns()}.tmp"  # two processes may write at once
     try:
         torch.save(state, new)
-        new.replace(run_dir / "checkpoint.pt")
     except RuntimeError:  # which torch makes of a full disk
         raise OSError(f"cannot write {new}") from None
-    finally:
-        new.unlink(missing_ok=True)
+    new.replace(run_dir / "checkpoint.pt")
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
 
 
