@@ -416,7 +416,7 @@ def scale(space: Box, actions: np.ndarray) -> np.ndarray:
     return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
 
 
-def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     """Vector env of flat observations, which scales actions from [-1, 1] and clips them."""
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     mode = envs.metadata.get("autoreset_mode")

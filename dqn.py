@@ -366,7 +366,7 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
     raise gym.error.Error("""no end in 50,000 steps: --env-kwargs '{"max_episode_steps": 1000}'""")
 
 
-def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     """Vector env of flat observations, whose actions are counted from 0."""
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     mode = envs.metadata.get("autoreset_mode")
