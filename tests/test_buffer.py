@@ -66,8 +66,8 @@ def test_the_buffer_holds_every_transition_and_no_reset(
     """Of envs that write each observation where the last one was."""
     make_envs = value_script.make_envs
 
-    def record(*args):
-        vector_env = make_envs(*args)
+    def record(*args, **kwargs):
+        vector_env = make_envs(*args, **kwargs)
         vector_env.unwrapped.copy = False
         return vector_env
 

@@ -209,6 +209,17 @@ def test_the_deviation_of_a_search_does_not_collapse():
         assert drawn[-1].std(dim=1).mean().item() == pytest.approx(0.05, rel=0.1)
 
 
+@pytest.mark.parametrize(("num_samples", "iterations"), [(16, 200), (16, 1000), (64, 200)])
+@pytest.mark.parametrize("d", [1, 2, 6])
+def test_many_iterations_of_cmaes_stay_at_the_top(d, num_samples, iterations):
+    """In a corner, where the deviations would shrink for ever, and inside the box."""
+    torch.manual_seed(0)
+    corner = cem_q.argmax_cmaes(lambda a: a.sum(dim=-1), 5, d, num_samples, iterations)
+    assert corner.min() >= 0.95 and corner.max() <= 1
+    inside = cem_q.argmax_cmaes(lambda a: peak(a - 0.37), 5, d, num_samples, iterations)
+    assert (inside - 0.37).abs().max() < 0.15
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_keeps_no_graph(name):
     """Only `gradient` needs one; and argmax_action keeps none around any search."""

@@ -16,14 +16,24 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 import gymnasium as gym
 import pytest
 import torch
 import tyro
 import wandb
-from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES, records, run, start
+from conftest import (
+    MODULES,
+    ROOT,
+    SCRIPTS,
+    VALUE_BASED,
+    VALUE_MODULES,
+    choices,
+    records,
+    run,
+    start,
+)
 from envs import REFUSED
 
 import cem_q
@@ -296,8 +306,8 @@ def bad(module):
             wrong = ["-0.1", "1.1", "nan", "inf", "many"]
         elif kind is bool:
             wrong = ["maybe"]
-        elif get_origin(kind) is Literal:
-            wrong = ["nonsense", get_args(kind)[0].upper()]
+        elif choices(kind):
+            wrong = ["nonsense", choices(kind)[0].upper()]
         else:
             wrong = []
         for value in wrong:
@@ -503,7 +513,7 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         trained(module, resume=str(path), total_timesteps=800)
     assert same(torch.load(path, weights_only=True), before)
-    assert (path.parent / "checkpoint.tmp").read_bytes() == b"half"
+    assert (path.parent / f"checkpoint.{os.getpid()}.tmp").read_bytes() == b"half"
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.001, 2), (0.04, 2), (0.2, 10), (3, 150)])
@@ -664,11 +674,11 @@ def test_a_kill_at_any_moment_loses_no_checkpoint_and_2_s_of_work(name, tmp_path
             time.sleep(moments.uniform(0, 3))
         resumed = written(tmp_path) > before
         if resumed and moments.random() < 0.5:
-            wait_for(lambda: any(tmp_path.glob("runs/*/checkpoint.tmp")), process, 20)
+            wait_for(lambda: any(tmp_path.glob("runs/*/checkpoint.*.tmp")), process, 20)
         process.send_signal(numbers[i % 3])
         killed = time.time_ns()
         process.communicate()
-        for half in tmp_path.glob("runs/*/checkpoint.tmp"):
+        for half in tmp_path.glob("runs/*/checkpoint.*.tmp"):
             half.unlink()
             in_writes += 1
         paths = [x for x in tmp_path.glob("runs/*") if (x / "checkpoint.pt").exists()]
