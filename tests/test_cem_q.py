@@ -1,6 +1,7 @@
 """Tests of cem_q.py: its four searches for the max, and what it does with them."""
 
 import math
+from pathlib import Path
 
 import cma
 import numpy as np
@@ -393,3 +394,12 @@ def test_cem_q_searches_and_values_with_the_target_network(spy):
         assert search.args[0] is target_network and search.result is next_actions
     networks = {id(search.args[0]) for search in searches}
     assert len(networks) == 2  # the target network, and the one that acts
+
+
+@pytest.mark.parametrize("maximizer", ["gradient", "cem", "cmaes"])
+def test_a_finished_run_of_cem_q_searches_again_as_it_did(maximizer):
+    """So that its greedy returns are those that it printed."""
+    settings = VALUE_TINY | {"maximizer": maximizer}
+    returns = cem_q.train(cem_q.Args(**settings))
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    assert torch.equal(returns, cem_q.train(cem_q.Args(**settings, resume=str(path))))

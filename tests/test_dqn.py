@@ -290,6 +290,14 @@ def test_an_episode_that_the_time_limit_cuts_has_a_future():
     close(table, torch.full((1, 2), 10.0), atol=1e-3)
 
 
+def test_a_vector_env_of_the_users_own_has_the_values_by_hand():
+    """0 → 1 → 2 ↺, a step in 2 is worth 1, three steps an episode, γ = 0.9."""
+    settings = {"gamma": 0.9, "total_timesteps": 900, "end_e": 1.0, "learning_rate": 1.0}
+    table, greedy_return = table_of(env_id="envs:Chain-v0", **settings)
+    close(table, torch.tensor([[8.1], [9.0], [10.0]]).expand(3, 2), atol=1e-3)
+    assert greedy_return == 1
+
+
 def test_q_learning_is_off_policy_and_needs_coverage():
     """It learns Q* from a policy that acts at random, and nothing from one that never explores."""
     lake = {"env_id": "FrozenLake-v1", "env_kwargs": '{"is_slippery": false}'}

@@ -4,6 +4,7 @@ import gymnasium as gym
 import pytest
 import torch
 from conftest import TINY
+from envs import Endless
 from problems import MASK, REWARDS, close, exact_gradient, probabilities
 from scipy.optimize import approx_fprime
 from torch import nn
@@ -97,6 +98,33 @@ def test_rollout_copies_observations_an_env_reuses(script):
     vector_env.unwrapped.copy = False
     obs = script.rollout(vector_env, script.Policy(2, 2, True)).obs
     assert obs[0, 0, 1] == 0 and obs[0, 1, 1] == 1
+
+
+class Still:
+    """A policy that always takes one action, and at once."""
+
+    mode = torch.zeros(1, dtype=torch.int64)
+
+    def parameters(self):
+        return iter([self.mode])
+
+    def __call__(self, obs):
+        return self
+
+    def sample(self):
+        return self.mode
+
+    def log_prob(self, actions):
+        return actions
+
+
+@pytest.mark.parametrize("module", [reinforce, offpolicy_pg])
+def test_an_episode_without_end_is_an_error_that_says_what_to_do(module):
+    """And one of 20,000 steps is none."""
+    policy = Still()
+    assert module.rollout(Endless(20_000), policy).rewards.sum() == 20_000
+    with pytest.raises(gym.error.Error, match="--env-kwargs .*max_episode_steps"):
+        module.rollout(Endless(), policy)
 
 
 def test_equation_2_policy_loss_sums_over_time_and_averages_over_episodes(script):

@@ -9,16 +9,20 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import zipfile
 from dataclasses import fields
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -27,6 +31,7 @@ from conftest import (
     MODULES,
     ROOT,
     SCRIPTS,
+    STARTED,
     VALUE_BASED,
     VALUE_MODULES,
     choices,
@@ -34,7 +39,8 @@ from conftest import (
     run,
     start,
 )
-from envs import REFUSED
+from envs import REFUSED, counting
+from tqdm import tqdm
 
 import cem_q
 import dqn
@@ -112,6 +118,14 @@ def test_same_seed_same_run_bit_for_bit(module, env_id):
         assert not torch.equal(one[network][name], other[network][name])
 
 
+def test_an_env_may_draw_from_the_generators_of_python_and_numpy(module):
+    """Which one seed fixes, too."""
+    own = {"env_id": counting(module, "Dice"), "total_timesteps": 120}
+    own |= {"learning_starts": 60} if module in VALUE_MODULES else {}
+    one, two, other = (trained(module, **own, seed=seed)[2] for seed in (5, 5, 6))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
 def test_all_runs_are_evaluated_from_the_same_states(module, monkeypatch):
     starts, make_envs = [], module.make_envs
 
@@ -160,7 +174,7 @@ def test_a_finished_run_is_evaluated_again_and_left_as_it_was(module):
     before = path.read_bytes()
     _, _, again = trained(module, resume=str(path))
     assert path.read_bytes() == before
-    torch.testing.assert_close(returns, again, rtol=0.2 if module is cem_q else 0, atol=0)
+    assert torch.equal(returns, again)
     assert len(list(Path("runs").iterdir())) == 1
     _, _, more = trained(module, resume=str(path), eval_episodes=7)
     assert len(more) == 7
@@ -194,6 +208,21 @@ def test_a_gpu_draws_other_numbers_after_a_resume(module, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda x: seeds.append(x) or manual_seed(x))
     trained(module, seed=3, resume=str(path))
     assert seeds == [3, 3 + saved["global_step"]]
+
+
+def test_resumed_from_inside_its_directory_a_run_keeps_its_name(module, monkeypatch):
+    _, path, _ = trained(module)
+    names, init = [], wandb.init
+
+    def spy(**kwargs):
+        names.append(kwargs["settings"]["run_name"])
+        return init(**kwargs)
+
+    monkeypatch.setattr(wandb, "init", spy)
+    run_dir = path.resolve().parent
+    monkeypatch.chdir(run_dir)
+    module.train(module.Args(**settings(module, resume="checkpoint.pt")))
+    assert names == [run_dir.name]
 
 
 def parse(module, *words):
@@ -341,6 +370,24 @@ def test_settings_from_python_are_checked_by_the_type_of_their_field(module):
         module.Args(gamma=2)
 
 
+FOREIGN = {
+    "learning_rate": [np.float64(0.01), np.float32(0.01), Fraction(1, 100), torch.tensor(0.01)],
+    "seed": [np.int64(3), np.uint8(3), signal.SIGINT],
+    "num_envs": [np.int32(4), np.array(4)],
+    "capture_video": [np.bool_(False)],
+    "env_id": [np.str_("CartPole-v1")],
+    "resume": [Path("checkpoint.pt")],
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_settings_that_a_checkpoint_cannot_hold_are_refused(module, name):
+    """It holds Python's own numbers and strings; a sweep may have numpy's."""
+    for value in FOREIGN[name]:
+        with pytest.raises(ValueError, match=f"--{name}"):
+            module.Args(**{name: value})
+
+
 def unknown_envs(module):
     """(env id, a word of the message) for what Gymnasium or the script has no env for."""
     yield from ((x, "NoSuchEnv") for x in ["NoSuchEnv-v0", "NoSuchEnv/Pong-v5"])
@@ -398,7 +445,64 @@ def test_a_video_of_the_greedy_policy_is_kept_and_logged(module):
     assert (log["project"], log["display_name"]) == ("elsewhere", path.parent.name)
 
 
-def test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatch, capsys):
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_the_last_lines_are_true(module, mode, capsys):
+    _, path, returns = trained(module, wandb_mode=mode)
+    run_dir = path.parent.resolve()
+    greedy = f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}"
+    curves = [f"curves: wandb leet {run_dir}/wandb"] * (mode == "offline")
+    assert capsys.readouterr().out.splitlines()[2:] == [greedy, f"saved in {run_dir}", *curves]
+    assert (run_dir / "wandb").exists() == (mode == "offline")
+
+
+def test_the_progress_bar_stays_until_the_evaluation_is_over(module, monkeypatch):
+    bars, open_in, make_envs = [], {}, module.make_envs
+
+    def record_bar(*args, **kwargs):
+        bars.append(tqdm(*args, **kwargs))
+        return bars[-1]
+
+    def record_envs(env_id, num_envs, **kwargs):
+        vector_env = make_envs(env_id, num_envs, **kwargs)
+        step = vector_env.step
+
+        def record_step(actions):
+            open_in[num_envs] = not bars[0].disable
+            return step(actions)
+
+        vector_env.step = record_step
+        return vector_env
+
+    monkeypatch.setattr(module, "tqdm", record_bar)
+    monkeypatch.setattr(module, "make_envs", record_envs)
+    trained(module, num_envs=4, eval_episodes=3)
+    assert open_in == {4: True, 3: True} and bars[0].disable
+
+
+def test_steps_per_second_need_no_progress_bar(module, monkeypatch):
+    """Of envs that sleep for a millisecond in each step."""
+    rows, times = [], [time.perf_counter()]
+
+    class Run:
+        def log(self, row, step):
+            rows.append({**row, "global_step": step})
+            times.append(time.perf_counter())
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Run())
+    monkeypatch.setattr(module, "tqdm", partial(tqdm, disable=True))
+    own = {"env_id": counting(module, "Slow"), "total_timesteps": 1200, "num_envs": 2}
+    own |= {"learning_starts": 1100} if module in VALUE_MODULES else {}
+    trained(module, **own)
+    seconds = [b - a for a, b in zip(times[1:], times[2:-1])]
+    steps = [b["global_step"] - a["global_step"] for a, b in zip(rows, rows[1:-1])]
+    per_second = statistics.median(row["charts/SPS"] for row in rows[:-1])
+    assert 0.5 < per_second / (sum(steps) / sum(seconds)) < 2
+
+
+def test_without_moviepy_a_run_is_keptdef test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     with pytest.raises(gym.error.DependencyNotInstalled, match="MoviePy"):
         trained(module, capture_video=True)
@@ -407,6 +511,25 @@ def test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatc
     assert torch.load(path, weights_only=True)["global_step"] >= 400
 
 
+def test_where_ffmpeg_is_broken_the_return_is_printed_and_the_exit_tells(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", shutil.which("false"))
+    words = flags("reinforce", capture_video=True)
+    words.remove("True")
+    result = run("reinforce", *words, cwd=tmp_path)
+    assert result.returncode == 1 and "greedy return" in result.stdout
+    assert list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("words", [["--help"], flags("reinforce")])
+def test_an_encoding_without_greek_letters_will_do(words, encoding, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    result = run("reinforce", *words, cwd=tmp_path, encoding=encoding)
+    assert result.returncode == 0, result.stderr
+    assert ("greedy return" if len(words) > 1 else "--learning-rate") in result.stdout
+
+
+# Envs at the edge
 # Envs at the edge
 
 
@@ -426,6 +549,15 @@ def test_envs_at_the_edge(module, env_id, own):
         assert (ends == float("OneStep" in env_id)).all()
 
 
+@pytest.mark.parametrize("env_id", ["Fall-v0", "FallBox-v0"])
+def test_the_observation_after_the_last_action_may_be_nan(module, env_id):
+    """Robots end like that when they fall."""
+    if module in VALUE_MODULES and env_id != counting(module, "Fall"):
+        pytest.skip("no such actions")
+    checkpoint, _, returns = trained(module, env_id=env_id, num_envs=8)
+    assert returns.isfinite().all() and checkpoint["global_step"] >= 400
+
+
 def test_an_env_of_the_users_own(tmp_path):
     result = run("naf", *flags("naf", env_id="envs:CountingBox-v0"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -433,6 +565,74 @@ def test_an_env_of_the_users_own(tmp_path):
     assert run_dir.name.startswith("envs-CountingBox-v0__naf__1__")
 
 
+def shell(line, cwd):
+    """What bash makes of a line, `python` being this one."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = {"cwd": cwd, "env": {**os.environ, "PATH": path}, "timeout": 120}
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, **command)
+
+
+def test_the_printed_command_goes_on_from_anywhere_and_finds_a_module_beside_the_run(tmp_path):
+    """The scripts' directory, the run's and the one of the second start are three."""
+    scripts, here = tmp_path / "my scripts", tmp_path / "it's here"
+    scripts.mkdir()
+    here.mkdir()
+    shutil.copy(ROOT / "dqn.py", scripts)
+    (here / "my_env.py").write_text(MINE)
+    words = ["python", scripts / "dqn.py", *flags("dqn", env_id="my_env:Mine-v0")]
+    result = shell(shlex.join(map(str, words)), here)
+    assert result.returncode == 0, result.stderr
+    assert "6 inputs, from Dict" in result.stdout.splitlines()
+    (path,) = here.glob("runs/*/checkpoint.pt")
+    before = path.stat().st_mtime_ns
+    (command,) = re.findall("^to go on after a stop: (.*)$", result.stdout, flags=re.M)
+    shutil.copy(here / "my_env.py", tmp_path)
+    result = shell(f"{command} --total-timesteps 500", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert path.stat().st_mtime_ns > before and not (tmp_path / "runs").exists()
+    curves = result.stdout.splitlines()[-1].removeprefix("curves: ")
+    assert len(shlex.split(curves)) == 3 and Path(shlex.split(curves)[2]).is_dir()
+
+
+MINE = """
+import gymnasium as gym
+from gymnasium.spaces import Box, Dict, Discrete
+
+
+class Mine(gym.Env):
+    observation_space = Dict(a=Box(0, 1, (2, 2)), b=Discrete(2))
+    action_space = Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
+gym.register("Mine-v0", Mine, max_episode_steps=5)
+"""
+
+
+@pytest.mark.parametrize("env_id", ["Counting", "DictObs"])
+def test_a_process_for_each_env_gives_the_same_run(module, env_id):
+    own = {"env_id": counting(module, env_id), "num_envs": 3, "total_timesteps": 150}
+    own |= {"learning_starts": 60} if module in VALUE_MODULES else {}
+    one, _, returns = trained(module, vectorization_mode="sync", **own)
+    two, _, again = trained(module, vectorization_mode="async", **own)
+    assert torch.equal(returns, again) and same(states(one), states(two))
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"), [("DictObs", "5 inputs, from Dict"), ("Counting", "2 inputs, from Box")]
+)
+def test_the_inputs_are_printed(module, kind, line, capsys):
+    trained(module, env_id=counting(module, kind))
+    assert line in capsys.readouterr().out.splitlines()
+
+
+# What goes wrong in a run
 # What goes wrong in a run
 
 
@@ -551,6 +751,35 @@ def test_a_run_saves_when_2_s_have_passed_and_at_its_end(module, monkeypatch):
     assert list(steps) == sorted(set(steps)) and steps[-1] == checkpoint["global_step"] >= 400
 
 
+WRITER = """
+import sys, time, torch
+from pathlib import Path
+from reinforce import save_checkpoint
+state = {"x": torch.full((300_000,), float(sys.argv[1]))}
+print("ready", flush=True)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    save_checkpoint(Path("."), state)
+"""
+
+
+def test_two_processes_that_write_one_checkpoint_leave_one_that_loads(tmp_path):
+    """As after a requeue, when the first has not ended yet."""
+    command = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    command |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for number in "12":
+        STARTED.append(subprocess.Popen([sys.executable, "-c", WRITER, number], **command))
+    assert [writer.stdout.readline() for writer in STARTED] == ["ready\n"] * 2
+    seen = set()
+    while any(writer.poll() is None for writer in STARTED):
+        if (tmp_path / "checkpoint.pt").exists():
+            x = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["x"]
+            assert x.eq(x[0]).all()
+            seen.add(x[0].item())
+    assert [writer.wait() for writer in STARTED] == [0, 0], STARTED[0].communicate()
+    assert seen == {1, 2} and [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path):
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -562,6 +791,18 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "OSError: cannot write" in result.stderr
     assert path.read_bytes() == before
+
+
+def test_a_buffer_larger_than_the_memory_is_one_line(tmp_path):
+    def small_files():  # or a checkpoint would be as large
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+
+    words = flags("dqn", buffer_size=10**12)
+    result = run("dqn", *words, cwd=tmp_path, preexec_fn=small_files)
+    assert result.returncode == 1, result.stdout
+    line = result.stderr.splitlines()[-1]
+    assert re.search(r"\d+ GB", line) and "--buffer-size" in line
+    assert "Traceback" not in result.stderr and not list(tmp_path.glob("runs/*/checkpoint*"))
 
 
 def test_a_number_that_is_not_finite_is_one_line(tmp_path):
@@ -629,14 +870,19 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     assert torch.load(path, weights_only=True)["global_step"] >= step + 100
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_an_episode_without_end(number, tmp_path):
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize("numbers", [[INT], [TERM], [INT, TERM], [TERM, INT], [INT, INT]])
+def test_signals_end_an_episode_without_end(numbers, tmp_path):
     process = start("reinforce", "--env-id", "envs:Forever-v0", cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/wandb/offline-run-*")), process)
     time.sleep(1)
-    process.send_signal(number)
-    process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.2)
+    process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT or len(numbers) == 2
 
 
 @pytest.mark.slow
@@ -719,6 +965,39 @@ def test_who_imports_train_keeps_their_own_state_of_wandb_and_signals(module, mo
     handler = signal.getsignal(signal.SIGTERM)
     trained(module)
     assert "WANDB_MODE" not in os.environ and signal.getsignal(signal.SIGTERM) is handler
+
+
+def logs(path):
+    """Of each part of the log of a run: its settings, and its rows."""
+    parts = map(records, Path(path).glob("wandb/offline-run-*"))
+    for part in parts:
+        (config,) = [x["run"]["config"]["update"] for x in part if x["type"] == "run"]
+        yield config, [x["history"]["item"] for x in part if x["type"] == "history"]
+
+
+def test_each_run_has_a_log_of_its_own_also_after_one_that_broke(module):
+    breaks = {"env_id": counting(module, "Counted"), "env_kwargs": '{"breaks": true}'}
+    with pytest.raises(ZeroDivisionError):
+        trained(module, wandb_mode="offline", **breaks)
+    (broken,) = Path("runs").iterdir()
+    _, path, returns = trained(module, wandb_mode="offline")
+    ((config, rows),) = logs(path.parent)
+    assert config["env_id"] == module.Args.env_id
+    assert rows[-1]["eval/episodic_return"] == pytest.approx(returns.mean().item())
+    assert len(list(broken.glob("wandb/offline-run-*"))) == 1
+
+
+def test_a_log_of_the_users_own_is_left_alone(module):
+    theirs = wandb.init(mode="offline", settings={"silent": True}, config={"mine": 1})
+    theirs.log({"loss": 1.0})
+    _, path, _ = trained(module, wandb_mode="offline")
+    assert wandb.run is theirs
+    theirs.log({"loss": 2.0})
+    theirs.finish()
+    ((config, rows),) = logs(".")
+    assert config.keys() == {"mine", "_wandb"} and [row["loss"] for row in rows] == [1, 2]
+    assert not any("charts/SPS" in row for row in rows)
+    assert len(list(logs(path.parent))) == 1
 
 
 @pytest.mark.slow

@@ -4,10 +4,11 @@ import math
 from copy import deepcopy
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import VALUE_TINY
-from envs import counting
+from envs import Endless, counting
 from problems import continuous_batch
 from torch import nn
 
@@ -174,6 +175,14 @@ def test_evaluate_starts_alike_in_every_run(value_script):
         value_script.evaluate(policy, vector_env, "cpu")
         assert torch.equal(state, torch.get_rng_state())
     assert len(starts) == 2 and torch.equal(*starts) and len(starts[0].unique()) == 9
+
+
+def test_an_evaluation_without_end_is_an_error_that_says_what_to_do(value_script):
+    """And an episode of 20,000 steps is none."""
+    policy = lambda obs: torch.zeros(1, dtype=torch.int64)  # noqa: E731
+    assert value_script.evaluate(policy, Endless(20_000), "cpu").item() == 20_000
+    with pytest.raises(gym.error.Error, match="--env-kwargs .*max_episode_steps"):
+        value_script.evaluate(policy, Endless(), "cpu")
 
 
 # What `train` does
