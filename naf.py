@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4.60",
+#     "numpy>=1.26"]
 # ///
 """Q-learning with normalized advantage functions, NAF (Gu et al., 2016). Lecture: Option 3.
 
@@ -183,13 +184,16 @@ def train(args: Args) -> Tensor:
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    settings = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
-    envs = make_envs(args.env_id, args.num_envs, **settings)
+    env_kwargs = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
+    envs = make_envs(args.env_id, args.num_envs, **env_kwargs)
     envs = RecordEpisodeStatistics(envs, buffer_length=20, stats_key="training")
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     q_network = NAFNetwork(obs_dim, action_dim).to(args.device)
     optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
     target_network = deepcopy(q_network)
+    size = 8 * args.buffer_size * (obs_dim + 2)
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise gym.error.Error(f"the memory does not hold {size / 1e9:.0f} GB; lower --buffer-size")
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)
     parts = {"q_network": q_network, "target_network": target_network}  # what a checkpoint holds
     parts |= {"optimizer": optimizer, "buffer": buffer}
@@ -198,6 +202,7 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
+        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -268,13 +273,13 @@ def train(args: Args) -> Tensor:
     envs.close()
     progress.set_description("evaluation")
     greedy = partial(select_actions, q_network, sigma=0.0)
-    envs = make_envs(args.env_id, args.eval_episodes, **settings)
+    envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     returns = evaluate(greedy, envs, args.device)
     progress.close()
     run.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
-        film = make_envs(args.env_id, 1, **settings | {"render_mode": "rgb_array"})
+        film = make_envs(args.env_id, 1, **env_kwargs | {"render_mode": "rgb_array"})
         film = RecordVideo(film, f"{run_dir}/videos")
         evaluate(greedy, film, args.device)
         video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
@@ -305,7 +310,7 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
 
 def scale(space: Box, actions: np.ndarray) -> np.ndarray:
     """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
-    share = (actions.astype(np.float64) + 1) / 2
+    share = ((actions.astype(np.float64) + 1) / 2).clip(0, 1)
     scaled = ((1 - share) * space.low + share * space.high).clip(space.low, space.high)
     return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
 
@@ -317,7 +322,10 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
         raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, and not NEXT_STEP")
     space = envs.single_observation_space
-    width = flatdim(space) if space.is_np_flattenable else float("inf")
+    try:
+        width = flatdim(space)
+    except (NotImplementedError, ValueError):
+        raise gym.error.Error(f"--env-id {env_id}: {space} cannot be flattened") from None
     if width > 10_000:
         raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
     if space.shape != (width,):
@@ -332,7 +340,7 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
 def save_checkpoint(run_dir: Path, state: dict) -> float:
     """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
     start = time.monotonic()
-    new = run_dir / f"checkpoint.{os.getpid()}.tmp"
+    new = run_dir / f"checkpoint.{time.time_ns()}.tmp"  # two processes may write at once
     try:
         torch.save(state, new)
     except RuntimeError:  # which torch makes of a full disk
@@ -353,7 +361,8 @@ def defaults(resume: str = "") -> Args:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.path.append(os.getcwd())  # so that --env-id finds a module here
-    sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)

@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4", "numpy"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "tyro>=1.0.17", "wandb>=0.31", "tqdm>=4.60",
+#     "numpy>=1.26"]
 # ///
 """REINFORCE with a baseline (Williams, 1992). Lecture: Reducing variance.
 
@@ -112,9 +113,9 @@ class ValueNetwork(nn.Sequential):
 
 
 class Trajectories(NamedTuple):
-    """N whole episodes, one a row, padded to the longest, T, with what came after their end."""
+    """N whole episodes, one a row, padded to the longest, T."""
 
-    obs: Tensor  # (N, T, obs_dim)
+    obs: Tensor  # (N, T, obs_dim), but 0 on padding
     actions: Tensor  # (N, T) discrete, or (N, T, action_dim) normalised to [-1, 1], unclipped
     rewards: Tensor  # (N, T), but 0 on padding
     mask: Tensor  # (N, T), 1 on steps, 0 on padding
@@ -129,7 +130,8 @@ def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) ->
     live = np.ones(envs.num_envs, dtype=bool)
     steps = []
     for _ in range(50_000):
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=device)
+        obs = np.where(live[:, None], next_obs, 0)
+        obs = torch.tensor(obs, dtype=torch.float32, device=device)
         actions = policy(obs).mode if greedy else policy(obs).sample()
         next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         rewards = torch.from_numpy(np.where(live, rewards, 0)).float()
@@ -191,8 +193,8 @@ def train(args: Args) -> Tensor:
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    settings = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
-    envs = make_envs(args.env_id, args.num_envs, **settings)
+    env_kwargs = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
+    envs = make_envs(args.env_id, args.num_envs, **env_kwargs)
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
@@ -205,6 +207,7 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
+        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -241,7 +244,7 @@ def train(args: Args) -> Tensor:
         psi = psis[args.baseline]
         if args.normalize_advantages:
             deviation = psi[live].std(correction=0)
-            rounding = 1e-5 * returns.abs().max()
+            rounding = 1e-6 * returns.abs().max()
             psi = torch.where(deviation > rounding, psi / deviation, 0.0)
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
@@ -282,14 +285,14 @@ def train(args: Args) -> Tensor:
 
     envs.close()
     progress.set_description("evaluation")
-    envs = make_envs(args.env_id, args.eval_episodes, **settings)
+    envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     returns = rollout(envs, policy, greedy=True).rewards.sum(dim=1).cpu()
     envs.close()
     progress.close()
     run.log({"eval/episodic_return": returns.mean().item()}, step=global_step)
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
-        film = make_envs(args.env_id, 1, **settings | {"render_mode": "rgb_array"})
+        film = make_envs(args.env_id, 1, **env_kwargs | {"render_mode": "rgb_array"})
         film = RecordVideo(film, f"{run_dir}/videos")
         rollout(film, policy, greedy=True)
         film.close()
@@ -304,7 +307,7 @@ def train(args: Args) -> Tensor:
 
 def scale(space: Box, actions: np.ndarray) -> np.ndarray:
     """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
-    share = (actions.astype(np.float64) + 1) / 2
+    share = ((actions.astype(np.float64) + 1) / 2).clip(0, 1)
     scaled = ((1 - share) * space.low + share * space.high).clip(space.low, space.high)
     return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
 
@@ -316,7 +319,10 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
         raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, and not NEXT_STEP")
     space = envs.single_observation_space
-    width = flatdim(space) if space.is_np_flattenable else float("inf")
+    try:
+        width = flatdim(space)
+    except (NotImplementedError, ValueError):
+        raise gym.error.Error(f"--env-id {env_id}: {space} cannot be flattened") from None
     if width > 10_000:
         raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
     if space.shape != (width,):
@@ -333,7 +339,7 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
 def save_checkpoint(run_dir: Path, state: dict) -> float:
     """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
     start = time.monotonic()
-    new = run_dir / f"checkpoint.{os.getpid()}.tmp"
+    new = run_dir / f"checkpoint.{time.time_ns()}.tmp"  # two processes may write at once
     try:
         torch.save(state, new)
     except RuntimeError:  # which torch makes of a full disk
@@ -354,7 +360,8 @@ def defaults(resume: str = "") -> Args:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.path.append(os.getcwd())  # so that --env-id finds a module here
-    sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)

@@ -7,11 +7,13 @@ from itertools import takewhile
 
 import pytest
 import tyro
-from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES
+from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES, run
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "mutation.md", *DOCS]
+README = (ROOT / "README.md").read_text()
 FIGURES = (ROOT / "docs" / "figures.py").read_text()
 TESTS = {
     node.name: ast.unparse(node)
@@ -139,8 +141,29 @@ def test_the_lecture_is_whole():
     assert [int(number) for number in errata] == list(range(1, 27))
 
 
+@pytest.mark.parametrize("name", ["reinforce", "dqn"])
+def test_the_environment_of_the_readme_works_with_every_flag(name, tmp_path):
+    (code,) = re.findall(r"```python\n(import gymnasium.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "my_env.py").write_text(code)
+    flags = ["--env-id", "my_env:Walk-v0", "--vectorization-mode", "async", "--capture-video"]
+    flags += ["--total-timesteps", 1500, "--num-envs", 4, "--eval-episodes", 2]
+    process = run(name, *flags, "--wandb-mode", "disabled", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert list(tmp_path.glob("runs/*/videos/*.mp4"))
+
+
+def test_the_sweep_of_the_docs_gives_flags_that_parse():
+    """What W&B's agent makes of the last line of its file."""
+    assert "${args_no_boolean_flags}" in (ROOT / "docs" / "runs.md").read_text()
+    for value in (True, False):
+        sweep = {"normalize_advantages": {"value": value}, "learning_rate": {"value": 0.01}}
+        flags = create_sweep_command_args({"args": sweep})["args_no_boolean_flags"]
+        args = tyro.cli(BY_NAME["pg_baseline"].Args, args=flags)
+        assert args.normalize_advantages is value and args.learning_rate == 0.01
+
+
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().split()) <= 900
+    assert len(README.split()) <= 900
 
 
 def test_each_figure_is_made_and_shown():
