@@ -445,6 +445,7 @@ def save_checkpoint(run_dir: Path, state: dict) -> float:
     try:
         torch.save(state, new)
     except RuntimeError:  # which torch makes of a full disk
+        new.unlink(missing_ok=True)
         raise OSError(f"cannot write {new}") from None
     new.replace(run_dir / "checkpoint.pt")
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
