@@ -2,6 +2,7 @@
 
 import random
 import time
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -52,6 +53,14 @@ class Edge(gym.Env):
         return self.np_random.uniform(-1, 1, 1), self.reward, self.ends, False, {}
 
 
+class Slow(Edge):
+    """Takes half a millisecond for a step, and more."""
+
+    def step(self, action):
+        time.sleep(0.0005)
+        return super().step(action)
+
+
 class Fall(Counting):
     """Ends when its observation is no longer finite, as robots do that fall."""
 
@@ -64,14 +73,6 @@ class Dice(Edge):
 
     def step(self, action):
         self.reward = random.random() + np.random.random()
-        return super().step(action)
-
-
-class Slow(Counting):
-    """Takes a millisecond for a step."""
-
-    def step(self, action):
-        time.sleep(0.001)
         return super().step(action)
 
 
@@ -192,11 +193,13 @@ class Spaces(gym.Env):
     """Of any spaces; `last` is the observation that it gave last."""
 
     def __init__(self, observation_space, action_space):
-        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_space = deepcopy(observation_space)  # which has a seed of its own
+        self.action_space = action_space
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.observation_space.seed(seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
         self.last = self.observation_space.sample()
         return self.last, {}
 
@@ -236,11 +239,11 @@ for kind, actions in {"": Discrete(3, start=-1), "Box": UNEVEN}.items():
 for kind, actions in {"": Discrete(2, start=1), "Box": UNEVEN}.items():
     own = {"kwargs": {"action_space": actions}}
     gym.register(f"Counted{kind}-v0", Counted, **own)
-    gym.register(f"Slow{kind}-v0", Slow, **own)
     gym.register(f"Fall{kind}-v0", Fall, disable_env_checker=True, **own)  # it warns of nan
     gym.register(f"IntegerFlags{kind}-v0", vector_entry_point=IntegerFlags, **own)
     own = {"action_space": actions, "ends": False}
     gym.register(f"Dice{kind}-v0", Dice, max_episode_steps=5, kwargs=own)
+    gym.register(f"Slow{kind}-v0", Slow, max_episode_steps=50, kwargs=own)
 gym.register("Chain-v0", vector_entry_point=vector_chain)
 gym.register("Loop-v0", Loop, max_episode_steps=5)
 gym.register("Corridor-v0", Corridor, max_episode_steps=100)

@@ -178,7 +178,7 @@ def test_vectors_are_left_as_they_are(module):
 
 @pytest.mark.parametrize("kind", NO_VECTORS)
 def test_observations_of_no_fixed_length_are_refused(module, kind):
-    with pytest.raises(gym.error.Error, match="--env-id .* inputs") as error:
+    with pytest.raises(gym.error.Error, match="--env-id .* flattened") as error:
         module.make_envs(spec(NO_VECTORS[kind], ACTIONS[module]), 2)
     assert "\n" not in str(error.value)
 

@@ -44,6 +44,8 @@ from tqdm import tqdm
 
 import cem_q
 import dqn
+import naf
+import reinforce
 
 ALL = SCRIPTS + VALUE_BASED
 
@@ -480,7 +482,7 @@ def test_the_progress_bar_stays_until_the_evaluation_is_over(module, monkeypatch
 
 
 def test_steps_per_second_need_no_progress_bar(module, monkeypatch):
-    """Of envs that sleep for a millisecond in each step."""
+    """Whatever else the machine does, the envs sleep in every step."""
     rows, times = [], [time.perf_counter()]
 
     class Run:
@@ -493,8 +495,8 @@ def test_steps_per_second_need_no_progress_bar(module, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **settings: Run())
     monkeypatch.setattr(module, "tqdm", partial(tqdm, disable=True))
-    own = {"env_id": counting(module, "Slow"), "total_timesteps": 1200, "num_envs": 2}
-    own |= {"learning_starts": 1100} if module in VALUE_MODULES else {}
+    own = {"env_id": counting(module, "Slow"), "total_timesteps": 800, "num_envs": 2}
+    own |= {"learning_starts": 700} if module in VALUE_MODULES else {}
     trained(module, **own)
     seconds = [b - a for a, b in zip(times[1:], times[2:-1])]
     steps = [b["global_step"] - a["global_step"] for a, b in zip(rows, rows[1:-1])]
@@ -502,7 +504,7 @@ def test_steps_per_second_need_no_progress_bar(module, monkeypatch):
     assert 0.5 < per_second / (sum(steps) / sum(seconds)) < 2
 
 
-def test_without_moviepy_a_run_is_keptdef test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatch, capsys):
+def test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     with pytest.raises(gym.error.DependencyNotInstalled, match="MoviePy"):
         trained(module, capture_video=True)
@@ -520,13 +522,14 @@ def test_where_ffmpeg_is_broken_the_return_is_printed_and_the_exit_tells(tmp_pat
     assert list(tmp_path.glob("runs/*/checkpoint.pt"))
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("words", [["--help"], flags("reinforce")])
-def test_an_encoding_without_greek_letters_will_do(words, encoding, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("encoding", "words", "text"),
+    [("ascii", flags("reinforce"), "greedy return"), ("latin-1", ["--help"], "--learning-rate")],
+)
+def test_an_encoding_without_greek_letters_will_do(encoding, words, text, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     result = run("reinforce", *words, cwd=tmp_path, encoding=encoding)
-    assert result.returncode == 0, result.stderr
-    assert ("greedy return" if len(words) > 1 else "--learning-rate") in result.stdout
+    assert result.returncode == 0 and text in result.stdout, result.stderr
 
 
 # Envs at the edge
@@ -615,9 +618,10 @@ gym.register("Mine-v0", Mine, max_episode_steps=5)
 """
 
 
-@pytest.mark.parametrize("env_id", ["Counting", "DictObs"])
-def test_a_process_for_each_env_gives_the_same_run(module, env_id):
-    own = {"env_id": counting(module, env_id), "num_envs": 3, "total_timesteps": 150}
+@pytest.mark.parametrize("kind", ["Counting", "DictObs"])
+@pytest.mark.parametrize("module", [reinforce, dqn, naf])
+def test_a_process_for_each_env_gives_the_same_run(module, kind):
+    own = {"env_id": counting(module, kind), "num_envs": 3, "total_timesteps": 150}
     own |= {"learning_starts": 60} if module in VALUE_MODULES else {}
     one, _, returns = trained(module, vectorization_mode="sync", **own)
     two, _, again = trained(module, vectorization_mode="async", **own)
@@ -713,7 +717,8 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         trained(module, resume=str(path), total_timesteps=800)
     assert same(torch.load(path, weights_only=True), before)
-    assert (path.parent / f"checkpoint.{os.getpid()}.tmp").read_bytes() == b"half"
+    (half,) = path.parent.glob("checkpoint.*.tmp")
+    assert half.read_bytes() == b"half"
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.001, 2), (0.04, 2), (0.2, 10), (3, 150)])
@@ -757,7 +762,7 @@ from pathlib import Path
 from reinforce import save_checkpoint
 state = {"x": torch.full((300_000,), float(sys.argv[1]))}
 print("ready", flush=True)
-end = time.monotonic() + 2
+end = time.monotonic() + 1.5
 while time.monotonic() < end:
     save_checkpoint(Path("."), state)
 """
@@ -776,7 +781,7 @@ def test_two_processes_that_write_one_checkpoint_leave_one_that_loads(tmp_path):
             x = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["x"]
             assert x.eq(x[0]).all()
             seen.add(x[0].item())
-    assert [writer.wait() for writer in STARTED] == [0, 0], STARTED[0].communicate()
+    assert [(writer.communicate(), writer.returncode) for writer in STARTED] == 2 * [(("", ""), 0)]
     assert seen == {1, 2} and [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -873,7 +878,7 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
-@pytest.mark.parametrize("numbers", [[INT], [TERM], [INT, TERM], [TERM, INT], [INT, INT]])
+@pytest.mark.parametrize("numbers", [[INT], [INT, TERM], [TERM, INT]])
 def test_signals_end_an_episode_without_end(numbers, tmp_path):
     process = start("reinforce", "--env-id", "envs:Forever-v0", cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/wandb/offline-run-*")), process)
@@ -969,7 +974,7 @@ def test_who_imports_train_keeps_their_own_state_of_wandb_and_signals(module, mo
 
 def logs(path):
     """Of each part of the log of a run: its settings, and its rows."""
-    parts = map(records, Path(path).glob("wandb/offline-run-*"))
+    parts = map(records, Path(path).resolve().glob("wandb/offline-run-*"))
     for part in parts:
         (config,) = [x["run"]["config"]["update"] for x in part if x["type"] == "run"]
         yield config, [x["history"]["item"] for x in part if x["type"] == "history"]
@@ -987,8 +992,15 @@ def test_each_run_has_a_log_of_its_own_also_after_one_that_broke(module):
     assert len(list(broken.glob("wandb/offline-run-*"))) == 1
 
 
+def users_own_log(**own):
+    """A run of W&B that is not of the scripts."""
+    own |= {"settings": {"silent": True}, "config": {"mine": 1}}
+    return wandb.init(mode="offline", dir=Path.cwd(), **own)
+
+
+@pytest.mark.parametrize("module", [reinforce, dqn])
 def test_a_log_of_the_users_own_is_left_alone(module):
-    theirs = wandb.init(mode="offline", settings={"silent": True}, config={"mine": 1})
+    theirs = users_own_log(reinit="finish_previous")
     theirs.log({"loss": 1.0})
     _, path, _ = trained(module, wandb_mode="offline")
     assert wandb.run is theirs
@@ -998,6 +1010,14 @@ def test_a_log_of_the_users_own_is_left_alone(module):
     assert config.keys() == {"mine", "_wandb"} and [row["loss"] for row in rows] == [1, 2]
     assert not any("charts/SPS" in row for row in rows)
     assert len(list(logs(path.parent))) == 1
+
+
+def test_a_log_of_the_users_own_is_new_after_a_run_that_broke():
+    with pytest.raises(ZeroDivisionError):
+        trained(reinforce, wandb_mode="offline", env_id="Counted-v0", env_kwargs='{"breaks": true}')
+    theirs = users_own_log()
+    assert set(theirs.config.keys()) == {"mine"} and wandb.run is theirs
+    theirs.finish()
 
 
 @pytest.mark.slow
