@@ -371,7 +371,7 @@ def train(args: Args) -> Tensor:
             next_save = save_checkpoint(run_dir, state)
 
     envs.close()
-    progress.set_description("evaluation")
+    progress.set_postfix_str("evaluation")
     greedy = partial(select_actions, q_network, maximizer=maximizer, sigma=0.0)
     envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     torch.manual_seed(args.seed)  # so that a resumed run searches alike

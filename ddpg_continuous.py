@@ -289,7 +289,7 @@ def train(args: Args) -> Tensor:
             next_save = save_checkpoint(run_dir, state)
 
     envs.close()
-    progress.set_description("evaluation")
+    progress.set_postfix_str("evaluation")
     envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     returns = evaluate(actor, envs, args.device)
     progress.close()

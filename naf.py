@@ -271,7 +271,7 @@ def train(args: Args) -> Tensor:
             next_save = save_checkpoint(run_dir, state)
 
     envs.close()
-    progress.set_description("evaluation")
+    progress.set_postfix_str("evaluation")
     greedy = partial(select_actions, q_network, sigma=0.0)
     envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     returns = evaluate(greedy, envs, args.device)

@@ -215,7 +215,7 @@ def train(args: Args) -> Tensor:
             next_save = save_checkpoint(run_dir, state)
 
     envs.close()
-    progress.set_description("evaluation")
+    progress.set_postfix_str("evaluation")
     envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     returns = rollout(envs, policy, greedy=True).rewards.sum(dim=1).cpu()
     envs.close()
