@@ -105,6 +105,13 @@ class Buggy(Edge):
         return 1 / 0
 
 
+class Mute(gym.Env):
+    """Cannot be made, and does not say why."""
+
+    def __init__(self):
+        raise gym.error.Error()
+
+
 class Loop(gym.Env):
     """One state, which no action leaves; the reward is 1."""
 
@@ -244,6 +251,7 @@ for kind, actions in {"": Discrete(2, start=1), "Box": UNEVEN}.items():
     own = {"action_space": actions, "ends": False}
     gym.register(f"Dice{kind}-v0", Dice, max_episode_steps=5, kwargs=own)
     gym.register(f"Slow{kind}-v0", Slow, max_episode_steps=50, kwargs=own)
+gym.register("Mute-v0", Mute)
 gym.register("Chain-v0", vector_entry_point=vector_chain)
 gym.register("Loop-v0", Loop, max_episode_steps=5)
 gym.register("Corridor-v0", Corridor, max_episode_steps=100)

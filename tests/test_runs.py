@@ -209,7 +209,7 @@ def test_a_gpu_draws_other_numbers_after_a_resume(module, monkeypatch):
     seeds, manual_seed = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda x: seeds.append(x) or manual_seed(x))
     trained(module, seed=3, resume=str(path))
-    assert seeds == [3, 3 + saved["global_step"]]
+    assert seeds[:2] == [3, 3 + saved["global_step"]]
 
 
 def test_resumed_from_inside_its_directory_a_run_keeps_its_name(module, monkeypatch):
@@ -418,6 +418,7 @@ def test_a_grid_of_too_many_points_or_one_is_refused(bins, tmp_path):
 ONE_LINE = [
     (["--env-id", "NoSuchEnv-v0"], "NoSuchEnv"),
     (["--env-id", "nosuchmodule:Env-v0"], "nosuchmodule"),
+    (["--env-id", "envs:Mute-v0"], "gymnasium.error.Error"),
     (["--resume", "nothing"], "not a checkpoint"),
 ]
 

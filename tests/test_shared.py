@@ -22,8 +22,8 @@ VALUE_ORDER = ["Args", "Batch", "ReplayBuffer", "select_actions", "td_target", "
 VALUE_ORDER += ["train", "evaluate"]
 SKIP = ["make_envs", "save_checkpoint", "defaults"]
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 303, "pg_baseline": 372, "offpolicy_pg": 371, "dqn": 424, "cem_q": 474}
-LINES |= {"naf": 373, "ddpg_continuous": 390}
+LINES = {"reinforce": 304, "pg_baseline": 373, "offpolicy_pg": 372, "dqn": 425, "cem_q": 475}
+LINES |= {"naf": 374, "ddpg_continuous": 391}
 
 
 def blocks(name):
