@@ -69,11 +69,11 @@ class Fall(Counting):
 
 
 class Dice(Edge):
-    """Draws its rewards from the generators of Python and NumPy that all share."""
+    """Adds to its rewards numbers of the generators of Python and NumPy that all share."""
 
     def step(self, action):
-        self.reward = random.random() + np.random.random()
-        return super().step(action)
+        obs, reward, *others = super().step(action)
+        return obs, reward + random.random() + np.random.random(), *others
 
 
 class Counted(Counting):

@@ -340,6 +340,13 @@ def test_rounding_is_not_made_large(record, kind, baseline, reward):
         assert call["psi"].eq(0).all()
 
 
+def test_small_differences_of_large_returns_are_not_rounding(record):
+    """Rewards from 20,000 to 20,002, five an episode."""
+    settings = {"env_id": "Dice-v0", "env_kwargs": '{"reward": 20000}', "total_timesteps": 70}
+    for call in record(pg_baseline, baseline="average", normalize_advantages=True, **settings):
+        assert call["psi"].std(correction=0).item() == pytest.approx(1, rel=1e-3)
+
+
 def test_the_logged_variance_is_that_of_one_episodes_gradient(record, logged):
     for call, row in zip(record(pg_baseline, baseline="value"), logged):
         batch, mask = call["batch"], call["mask"]

@@ -33,6 +33,7 @@ def test_equation_1_rollout_is_one_whole_episode_of_each_env(script, env_id):
     assert torch.equal(mask, (t < lengths[:, None]).float())
     live = mask.bool()
     assert torch.equal(obs[..., 1][live], t.expand(8, -1)[live].float())
+    assert obs[~live].eq(0).all()
     seen = torch.from_numpy(vector_env.func(actions.numpy()))
     expected = 100 * t + (seen if discrete else seen.sum(dim=-1))
     torch.testing.assert_close(rewards, mask * expected)

@@ -1001,12 +1001,13 @@ def users_own_log(**own):
 
 @pytest.mark.parametrize("module", [reinforce, dqn])
 def test_a_log_of_the_users_own_is_left_alone(module):
-    theirs = users_own_log(reinit="finish_previous")
+    theirs, shared = users_own_log(reinit="finish_previous"), dict(wandb.setup().settings)
     theirs.log({"loss": 1.0})
     _, path, _ = trained(module, wandb_mode="offline")
     assert wandb.run is theirs
     theirs.log({"loss": 2.0})
     theirs.finish()
+    assert dict(wandb.setup().settings) == shared  # which later logs begin with
     ((config, rows),) = logs(".")
     assert config.keys() == {"mine", "_wandb"} and [row["loss"] for row in rows] == [1, 2]
     assert not any("charts/SPS" in row for row in rows)
