@@ -337,7 +337,8 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     mode = envs.metadata.get("autoreset_mode")
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
-        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, and not NEXT_STEP")
+        hint = "not NEXT_STEP; --vectorization-mode sync may help"
+        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, {hint}")
     space = envs.single_observation_space
     try:
         width = flatdim(space)
