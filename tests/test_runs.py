@@ -448,14 +448,13 @@ def test_a_video_of_the_greedy_policy_is_kept_and_logged(module):
     assert (log["project"], log["display_name"]) == ("elsewhere", path.parent.name)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "offline"])
-def test_the_last_lines_are_true(module, mode, capsys):
-    _, path, returns = trained(module, wandb_mode=mode)
-    run_dir = path.parent.resolve()
+def test_the_lines_that_are_printed_are_true(module, capsys):
+    """A log that is disabled has no curves to look at."""
+    _, path, returns = trained(module, env_id=counting(module, "DictObs"))
+    stop, *lines = capsys.readouterr().out.splitlines()
+    assert stop.startswith("to go on") and stop.endswith(f"--resume {path.resolve()}")
     greedy = f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}"
-    curves = [f"curves: wandb leet {run_dir}/wandb"] * (mode == "offline")
-    assert capsys.readouterr().out.splitlines()[2:] == [greedy, f"saved in {run_dir}", *curves]
-    assert (run_dir / "wandb").exists() == (mode == "offline")
+    assert lines == ["5 inputs, from Dict", greedy, f"saved in {path.resolve().parent}"]
 
 
 def test_the_progress_bar_stays_until_the_evaluation_is_over(module, monkeypatch):
@@ -482,6 +481,7 @@ def test_the_progress_bar_stays_until_the_evaluation_is_over(module, monkeypatch
     assert open_in == {4: True, 3: True} and bars[0].disable
 
 
+@pytest.mark.parametrize("module", [reinforce, dqn])
 def test_steps_per_second_need_no_progress_bar(module, monkeypatch):
     """Whatever else the machine does, the envs sleep in every step."""
     rows, times = [], [time.perf_counter()]
@@ -562,11 +562,9 @@ def test_the_observation_after_the_last_action_may_be_nan(module, env_id):
     assert returns.isfinite().all() and checkpoint["global_step"] >= 400
 
 
-def test_an_env_of_the_users_own(tmp_path):
-    result = run("naf", *flags("naf", env_id="envs:CountingBox-v0"), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith("envs-CountingBox-v0__naf__1__")
+def test_the_module_of_an_env_is_in_the_name_of_its_run():
+    _, path, _ = trained(naf, env_id="envs:CountingBox-v0")
+    assert path.parent.name.startswith("envs-CountingBox-v0__naf__1__")
 
 
 def shell(line, cwd):
@@ -627,14 +625,6 @@ def test_a_process_for_each_env_gives_the_same_run(module, kind):
     one, _, returns = trained(module, vectorization_mode="sync", **own)
     two, _, again = trained(module, vectorization_mode="async", **own)
     assert torch.equal(returns, again) and same(states(one), states(two))
-
-
-@pytest.mark.parametrize(
-    ("kind", "line"), [("DictObs", "5 inputs, from Dict"), ("Counting", "2 inputs, from Box")]
-)
-def test_the_inputs_are_printed(module, kind, line, capsys):
-    trained(module, env_id=counting(module, kind))
-    assert line in capsys.readouterr().out.splitlines()
 
 
 # What goes wrong in a run
@@ -726,8 +716,9 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, monkeypatch
 def test_a_save_is_due_after_2_s_or_so_that_saving_takes_2_percent(
     module, seconds, pause, monkeypatch, tmp_path
 ):
-    clock = iter([100.0, 100.0 + seconds])
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    moments = iter([100.0, 100.0 + seconds])
+    clock = {"monotonic": lambda: next(moments), "time_ns": time.time_ns}
+    monkeypatch.setattr(module, "time", SimpleNamespace(**clock))
     due = module.save_checkpoint(tmp_path, {"a": 1})
     assert due == pytest.approx(100 + pause)
     assert torch.load(tmp_path / "checkpoint.pt") == {"a": 1}

@@ -22,8 +22,8 @@ VALUE_ORDER = ["Args", "Batch", "ReplayBuffer", "select_actions", "td_target", "
 VALUE_ORDER += ["train", "evaluate"]
 SKIP = ["make_envs", "save_checkpoint", "defaults"]
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 304, "pg_baseline": 373, "offpolicy_pg": 372, "dqn": 425, "cem_q": 475}
-LINES |= {"naf": 374, "ddpg_continuous": 391}
+LINES = {"reinforce": 305, "pg_baseline": 374, "offpolicy_pg": 373, "dqn": 426, "cem_q": 476}
+LINES |= {"naf": 375, "ddpg_continuous": 392}
 
 
 def blocks(name):
