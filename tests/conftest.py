@@ -24,6 +24,7 @@ VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 
 # the flags about the machine or the log, which leave what is learned as it is
 INERT = {"device", "num_threads", "eval_episodes", "wandb_mode", "wandb_project", "capture_video"}
+INERT |= {"vectorization_mode"}
 
 # settings of a short run: of a policy-gradient script, and of a value-based one
 TINY = {"total_timesteps": 300, "num_envs": 4, "eval_episodes": 2, "wandb_mode": "disabled"}
@@ -35,6 +36,12 @@ STARTED = []  # processes of the test that runs
 torch.set_num_threads(1)
 
 
+def choices(kind):
+    """Those of a Literal, of which there may also be none; or nothing."""
+    parts = [kind, *get_args(kind)]
+    return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+
+
 def options(module, tiny):
     """(flag, value) for each choice of each flag; for a number, one that is not its default."""
     texts = {"env_kwargs": '{"max_episode_steps": 5}', "wandb_project": "elsewhere"}
@@ -44,8 +51,8 @@ def options(module, tiny):
             continue
         assert field.default is not MISSING, f"{field.name} needs a default"
         kind, default = hints[field.name], field.default
-        if get_origin(kind) is Literal:
-            values = set(get_args(kind)) - {"online", "cuda", "mps"}
+        if choices(kind):
+            values = set(choices(kind)) - {"online", "cuda", "mps"}
         elif kind is bool:
             values = {not default}
         elif kind is int:

@@ -1,10 +1,15 @@
 """Tiny environments whose observations and rewards tell what happened to them."""
 
+import random
+import time
+from copy import deepcopy
+
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Sequence, Text, Tuple
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 
 class Counting(gym.Env):
@@ -48,11 +53,63 @@ class Edge(gym.Env):
         return self.np_random.uniform(-1, 1, 1), self.reward, self.ends, False, {}
 
 
+class Slow(Edge):
+    """Takes half a millisecond for a step, and more."""
+
+    def step(self, action):
+        time.sleep(0.0005)
+        return super().step(action)
+
+
+class Fall(Counting):
+    """Ends when its observation is no longer finite, as robots do that fall."""
+
+    def observe(self):
+        return super().observe() if self.t < self.length else np.full(2, np.nan)
+
+
+class Dice(Edge):
+    """Adds to its rewards numbers of the generators of Python and NumPy that all share."""
+
+    def step(self, action):
+        obs, reward, *others = super().step(action)
+        return obs, reward + random.random() + np.random.random(), *others
+
+
+class Counted(Counting):
+    """Knows how many of its kind are open, and how many ever were at once."""
+
+    open = most = 0
+
+    def __init__(self, *args, breaks=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.breaks, self.closed = breaks, False  # breaks: in its first step
+        Counted.open += 1
+        Counted.most = max(Counted.most, Counted.open)
+
+    def step(self, action):
+        return 1 / 0 if self.breaks else super().step(action)
+
+    def close(self):
+        Counted.open -= not self.closed
+        self.closed = True
+
+    def __del__(self):
+        self.close()
+
+
 class Buggy(Edge):
     """Its step has a bug."""
 
     def step(self, action):
         return 1 / 0
+
+
+class Mute(gym.Env):
+    """Cannot be made, and does not say why."""
+
+    def __init__(self):
+        raise gym.error.Error()
 
 
 class Loop(gym.Env):
@@ -83,15 +140,73 @@ class Corridor(gym.Env):
         return np.ones(1, np.float32), -1, self.state == 3, False, {}
 
 
+class Chain(gym.Env):
+    """0, 1, 2, 2, ...: a step in 2 is worth 1, and no action matters."""
+
+    observation_space, action_space = Discrete(3), Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = 0
+        return 0, {}
+
+    def step(self, action):
+        reward, self.state = float(self.state == 2), min(self.state + 1, 2)
+        return self.state, reward, False, False, {}
+
+
+def vector_chain(num_envs, mode=AutoresetMode.NEXT_STEP, **kwargs):
+    """A vector env of the user's own, which resets its envs in this mode; None tells nothing."""
+    make = lambda: gym.wrappers.TimeLimit(Chain(), 3)  # noqa: E731
+    vector_env = SyncVectorEnv([make] * num_envs, autoreset_mode=mode or AutoresetMode.NEXT_STEP)
+    if mode is None:
+        del vector_env.metadata["autoreset_mode"]
+    return vector_env
+
+
+class IntegerFlags(SyncVectorEnv):
+    """A vector env of the user's own whose flags of an end are integers."""
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__([lambda: Counting(**kwargs)] * num_envs)
+
+    def step(self, actions):
+        *others, terminations, truncations, infos = super().step(actions)
+        return *others, terminations.astype(int), truncations.astype(int), infos
+
+
+class Endless(VectorEnv):
+    """A vector env of one quick env, whose episodes have `length` steps, or no end."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    observation_space, action_space = Box(0, 1, (1, 1), np.float32), MultiDiscrete([2])
+    single_observation_space, single_action_space = Box(0, 1, (1,), np.float32), Discrete(2)
+    num_envs, obs = 1, np.zeros((1, 1), np.float32)
+    one, no, yes = np.ones(1), np.zeros(1, bool), np.ones(1, bool)
+
+    def __init__(self, length=np.inf):
+        self.length, self.t = length, 0
+
+    def reset(self, seed=None, options=None):
+        return self.obs, {}
+
+    def step(self, actions):
+        self.t += 1
+        assert self.t < 200_000, "it would go on for ever"
+        return self.obs, self.one, self.yes if self.t == self.length else self.no, self.no, {}
+
+
 class Spaces(gym.Env):
     """Of any spaces; `last` is the observation that it gave last."""
 
     def __init__(self, observation_space, action_space):
-        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_space = deepcopy(observation_space)  # which has a seed of its own
+        self.action_space = action_space
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.observation_space.seed(seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
         self.last = self.observation_space.sample()
         return self.last, {}
 
@@ -128,6 +243,16 @@ for kind, actions in {"": Discrete(3, start=-1), "Box": UNEVEN}.items():
     gym.register(f"OneStep{kind}-v0", Edge, kwargs={"action_space": actions, "ends": True})
     endless = {"action_space": actions, "ends": False}
     gym.register(f"Endless{kind}-v0", Edge, max_episode_steps=30, kwargs=endless)
+for kind, actions in {"": Discrete(2, start=1), "Box": UNEVEN}.items():
+    own = {"kwargs": {"action_space": actions}}
+    gym.register(f"Counted{kind}-v0", Counted, **own)
+    gym.register(f"Fall{kind}-v0", Fall, disable_env_checker=True, **own)  # it warns of nan
+    gym.register(f"IntegerFlags{kind}-v0", vector_entry_point=IntegerFlags, **own)
+    own = {"action_space": actions, "ends": False}
+    gym.register(f"Dice{kind}-v0", Dice, max_episode_steps=5, kwargs=own)
+    gym.register(f"Slow{kind}-v0", Slow, max_episode_steps=50, kwargs=own)
+gym.register("Mute-v0", Mute)
+gym.register("Chain-v0", vector_entry_point=vector_chain)
 gym.register("Loop-v0", Loop, max_episode_steps=5)
 gym.register("Corridor-v0", Corridor, max_episode_steps=100)
 gym.register("Forever-v0", Edge, kwargs={"action_space": Discrete(2), "ends": False})
@@ -158,6 +283,22 @@ for kind, actions in {"": Discrete(2), "Box": UNEVEN}.items():
     gym.register(f"DictObs{kind}-v0", Spaces, max_episode_steps=5, kwargs=kwargs)
 
 
+# and those that no network of a script takes
+NO_VECTORS = {
+    "Sequence": Sequence(box(2)),
+    "Graph": Graph(box(2), None),
+    "Text": Text(5),
+    "Dict of Text": Dict(a=Text(5), b=box(2)),
+    "Tuple of Sequence": Tuple([box(2), Sequence(Discrete(2))]),
+}
+TOO_WIDE = {
+    10_001: box(10_001),
+    30_000: Box(0, 255, (100, 100, 3), np.uint8),
+    20_000: Discrete(20_000),
+    10_002: Dict(a=box(10_000), b=Discrete(2)),
+}
+
+
 def counting(module, kind="Counting"):
-    """The id of the Counting or the Truncating env whose actions a value-based script can take."""
+    """The id of the env of a kind, such as Truncating, whose actions a value-based script takes."""
     return f"{kind}-v0" if module.__name__ == "dqn" else f"{kind}Box-v0"

@@ -59,20 +59,20 @@ def test_equation_3_samples_what_the_replay_buffer_holds_and_all_of_it(value_scr
     assert counts[:50].sum() == 0 and counts[50:].min() > 220 and counts.max() < 380
 
 
-@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize("kind", ["Counting", "Truncating", "IntegerFlags"])
 def test_the_buffer_holds_every_transition_and_no_reset(
-    value_script, truncates, filled_buffer, monkeypatch
+    value_script, kind, filled_buffer, monkeypatch
 ):
     """Of envs that write each observation where the last one was."""
     make_envs = value_script.make_envs
 
-    def record(*args):
-        vector_env = make_envs(*args)
+    def record(*args, **kwargs):
+        vector_env = make_envs(*args, **kwargs)
         vector_env.unwrapped.copy = False
         return vector_env
 
     monkeypatch.setattr(value_script, "make_envs", record)
-    env_id = counting(value_script, "Truncating" if truncates else "Counting")
+    env_id, truncates = counting(value_script, kind), kind == "Truncating"
     buffer = filled_buffer(value_script, env_id, env_kwargs='{"dtype": "float32"}')
     stored = int(buffer.count)
     assert 400 <= stored < 404

@@ -1,6 +1,7 @@
 """Tests of cem_q.py: its four searches for the max, and what it does with them."""
 
 import math
+from pathlib import Path
 
 import cma
 import numpy as np
@@ -209,6 +210,17 @@ def test_the_deviation_of_a_search_does_not_collapse():
         assert drawn[-1].std(dim=1).mean().item() == pytest.approx(0.05, rel=0.1)
 
 
+@pytest.mark.parametrize(("num_samples", "iterations"), [(16, 200), (16, 1000), (64, 200)])
+@pytest.mark.parametrize("d", [1, 2, 6])
+def test_many_iterations_of_cmaes_stay_at_the_top(d, num_samples, iterations):
+    """In a corner, where the deviations would shrink for ever, and inside the box."""
+    torch.manual_seed(0)
+    corner = cem_q.argmax_cmaes(lambda a: a.sum(dim=-1), 5, d, num_samples, iterations)
+    assert corner.min() >= 0.95 and corner.max() <= 1
+    inside = cem_q.argmax_cmaes(lambda a: peak(a - 0.37), 5, d, num_samples, iterations)
+    assert (inside - 0.37).abs().max() < 0.15
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_keeps_no_graph(name):
     """Only `gradient` needs one; and argmax_action keeps none around any search."""
@@ -382,3 +394,12 @@ def test_cem_q_searches_and_values_with_the_target_network(spy):
         assert search.args[0] is target_network and search.result is next_actions
     networks = {id(search.args[0]) for search in searches}
     assert len(networks) == 2  # the target network, and the one that acts
+
+
+@pytest.mark.parametrize("maximizer", ["gradient", "cem", "cmaes"])
+def test_a_finished_run_of_cem_q_searches_again_as_it_did(maximizer):
+    """So that its greedy returns are those that it printed."""
+    settings = VALUE_TINY | {"maximizer": maximizer}
+    returns = cem_q.train(cem_q.Args(**settings))
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    assert torch.equal(returns, cem_q.train(cem_q.Args(**settings, resume=str(path))))

@@ -107,6 +107,19 @@ def test_train_of_ddpg_starts_each_episode_with_new_noise(spy):
     assert kept > reset > 50
 
 
+@pytest.mark.parametrize("theta", [0.03, 0.15, 1.0])
+def test_the_first_noise_of_every_episode_has_the_variance_of_one_step(spy, theta):
+    """σ²; that of the second is σ² (1 + (1 - κ)²). The observation is (length, t)."""
+    acts = spy(ddpg_continuous, "select_actions")
+    own = {"env_id": counting(ddpg_continuous), "ou_theta": theta, "exploration_noise": 0.3}
+    own |= {"total_timesteps": 6000, "learning_starts": 5999, "num_envs": 16}
+    ddpg_continuous.train(ddpg_continuous.Args(**VALUE_TINY | own))
+    obs, noise = (torch.cat([call.args[i] for call in acts[8:]]) for i in (1, 2))
+    for t, variance in {0: 1.0, 1: 1 + (1 - theta) ** 2}.items():
+        found = noise[(obs[:, 1] == t) & (obs[:, 0] > t)].var().item()
+        assert found == pytest.approx(0.3**2 * variance, rel=0.12), t
+
+
 def test_train_of_ddpg_steps_the_critic_alone_and_then_the_actor_alone(spy, monkeypatch):
     made = {name: spy(ddpg_continuous, name) for name in ("QNetwork", "Actor")}
     moved, step = [], torch.optim.Adam.step

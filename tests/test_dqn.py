@@ -203,6 +203,35 @@ def test_equation_9_weights_undo_the_priorities():
         close((P * w * largest * x).sum(), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("order", ["large first", "small first", "in turn"])
+@pytest.mark.parametrize(("rows", "small"), [(50_000, 1e-3), (50_000, 1.06e-3), (200_000, 1e-3)])
+def test_equation_9_draws_small_priorities_as_often_as_it_should(rows, small, order):
+    """A PrioritizedReplayBuffer of priorities 1 and `small`, half of the rows each."""
+    buffer = dqn.PrioritizedReplayBuffer(rows, (0,), (), torch.int8, "cpu")
+    is_small = torch.arange(rows) >= rows // 2 if order == "large first" else torch.arange(rows) < 0
+    is_small[: rows // 2] |= order == "small first"
+    is_small[::2] |= order == "in turn"
+    buffer.priorities.copy_(torch.where(is_small, small, 1.0))
+    buffer.rewards.copy_(is_small)
+    buffer.count += rows
+    torch.manual_seed(0)
+    batch, _, weights = buffer.sample(1_000_000, beta=1.0)
+    share = small / (1 + small)
+    assert batch.rewards.mean().item() == pytest.approx(share, rel=0.13)  # four deviations
+    mean = (weights * batch.rewards).mean() / weights.mean()
+    assert mean.item() == pytest.approx(0.5, abs=0.04)  # that of uniform draws
+
+
+def test_equation_9_of_more_rows_than_floats_can_count():
+    """A PrioritizedReplayBuffer of 2^24 rows and some, of which only the last has a priority."""
+    rows = 2**24 + 3
+    buffer = dqn.PrioritizedReplayBuffer(rows, (0,), (), torch.int8, "cpu")
+    buffer.priorities[-1] = 1.0
+    buffer.count += rows
+    _, drawn, _ = buffer.sample(5, beta=1.0)
+    assert drawn.tolist() == [rows - 1] * 5
+
+
 # What `train` does
 
 
@@ -259,6 +288,14 @@ def test_an_episode_that_the_time_limit_cuts_has_a_future():
     """One state, r = 1, γ = 0.9, five steps: Q is 10, not 4.0951."""
     table, _ = table_of(env_id="envs:Loop-v0", gamma=0.9, total_timesteps=600)
     close(table, torch.full((1, 2), 10.0), atol=1e-3)
+
+
+def test_a_vector_env_of_the_users_own_has_the_values_by_hand():
+    """0 → 1 → 2 ↺, a step in 2 is worth 1, three steps an episode, γ = 0.9."""
+    settings = {"gamma": 0.9, "total_timesteps": 900, "end_e": 1.0, "learning_rate": 1.0}
+    table, greedy_return = table_of(env_id="envs:Chain-v0", **settings)
+    close(table, torch.tensor([[8.1], [9.0], [10.0]]).expand(3, 2), atol=1e-3)
+    assert greedy_return == 1
 
 
 def test_q_learning_is_off_policy_and_needs_coverage():

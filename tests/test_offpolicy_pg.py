@@ -60,6 +60,16 @@ def test_equations_3_and_5_to_7(estimator, gamma, expected):
     torch.testing.assert_close(psi[1, :2], torch.tensor(expected[1]))
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("log_ratio", [[60.0, 40.0], [100.0, 0.0], [-30.0, 200.0], [math.inf, 0.0]])
+def test_no_reward_counts_for_nothing_however_large_its_weight(log_ratio, estimator):
+    """exp(100) is more than a float can hold; times 0 it is 0 in importance_weighted_psi, too."""
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    log_ratio = torch.tensor([log_ratio])
+    psi = offpolicy_pg.importance_weighted_psi(log_ratio, zeros, mask, 1.0, estimator)
+    assert torch.equal(psi, zeros)
+
+
 def test_every_estimator_is_its_on_policy_counterpart_at_ratio_1():
     zeros = torch.zeros(2, 3)
     for gamma in (1.0, 0.9):

@@ -64,6 +64,37 @@ def test_equation_7_is_the_constant_of_least_variance_given_the_other_episodes()
     assert torch.equal(pg_baseline.optimal_baseline(scores[:1], gradients[:1]), torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e-4, 1e-10, 1e-18, 1e-21, 1e-23])
+def test_equation_7_of_scores_of_any_size(scale):
+    """optimal_baseline is a mean of the others' G by their squared scores, whatever their unit."""
+    scores = scale * torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 0.5], [1.0, 3.0]])
+    G = torch.tensor([100.0, 110.0, 120.0, 130.0])
+    baseline = pg_baseline.optimal_baseline(scores, scores * G[:, None])
+    weights = torch.tensor([2.0, 4.0, 0.25, 10.0])
+    expected = [(w := weights * (torch.arange(4) != i)) @ G / w.sum() for i in range(4)]
+    torch.testing.assert_close(baseline.squeeze(), torch.stack(expected), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e4, 1e6])
+def test_equation_7_does_not_see_an_episode_in_its_own_baseline(largest):
+    """However much its scores outweigh the others' in optimal_baseline."""
+    scores, G = torch.tensor([[largest], [1.0], [1.0], [1.0]]), torch.tensor([[1e2, 110, 120, 130]])
+    baseline = pg_baseline.optimal_baseline(scores, scores * G.T)
+    torch.testing.assert_close(baseline[0].item(), 120.0)
+    assert (baseline[1:] >= 100).all() and (baseline[1:] <= 130).all()
+    torch.testing.assert_close(baseline[1].item(), (largest**2 * 100 + 250) / (largest**2 + 2))
+
+
+@pytest.mark.parametrize("largest", [1e4, 1e8, -1e10])
+def test_equation_5_does_not_see_an_episode_in_its_own_baseline(largest):
+    """However much its G outweighs the others' in average_baseline."""
+    returns = torch.tensor([[largest, 5.0], [1.0, 2.0], [2.0, 4.0], [4.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    baseline = pg_baseline.average_baseline(returns, mask)
+    torch.testing.assert_close(baseline[0], torch.tensor([7 / 3, 2.0]))
+    torch.testing.assert_close(baseline[1, 0].item(), (largest + 6) / 3)
+
+
 def test_equation_7_is_the_slides_formula_for_the_full_return():
     """Two-armed bandit with p = .7 and r = (3, 1): b* = .3 * 3 + .7 * 1 = 1.6."""
     scores = torch.tensor([[0.3]] * 700 + [[-0.7]] * 300, dtype=torch.float64)
@@ -297,6 +328,23 @@ def test_equal_episodes_leave_nothing_to_normalize(record):
     settings = {"baseline": "average", "normalize_advantages": True, "env_id": "Acrobot-v1"}
     for call in record(pg_baseline, total_timesteps=5000, **settings):
         assert call["psi"].isfinite().all()
+
+
+@pytest.mark.parametrize("reward", [0.1, -1 / 3, 1e6 / 7, 1e-6, 0])
+@pytest.mark.parametrize(("kind", "baseline"), [("Endless", "average"), ("OneStep", "none")])
+def test_rounding_is_not_made_large(record, kind, baseline, reward):
+    """All episodes are alike, of 30 steps or of one: what is left of Ψ is rounding, if anything."""
+    settings = {"env_id": f"{kind}-v0", "env_kwargs": f'{{"reward": {reward}}}', "num_envs": 7}
+    settings |= {"total_timesteps": 600 if kind == "Endless" else 20}
+    for call in record(pg_baseline, baseline=baseline, normalize_advantages=True, **settings):
+        assert call["psi"].eq(0).all()
+
+
+def test_small_differences_of_large_returns_are_not_rounding(record):
+    """Rewards from 20,000 to 20,002, five an episode."""
+    settings = {"env_id": "Dice-v0", "env_kwargs": '{"reward": 20000}', "total_timesteps": 70}
+    for call in record(pg_baseline, baseline="average", normalize_advantages=True, **settings):
+        assert call["psi"].std(correction=0).item() == pytest.approx(1, rel=1e-3)
 
 
 def test_the_logged_variance_is_that_of_one_episodes_gradient(record, logged):

@@ -4,6 +4,7 @@ import gymnasium as gym
 import pytest
 import torch
 from conftest import TINY
+from envs import Endless
 from problems import MASK, REWARDS, close, exact_gradient, probabilities
 from scipy.optimize import approx_fprime
 from torch import nn
@@ -32,6 +33,7 @@ def test_equation_1_rollout_is_one_whole_episode_of_each_env(script, env_id):
     assert torch.equal(mask, (t < lengths[:, None]).float())
     live = mask.bool()
     assert torch.equal(obs[..., 1][live], t.expand(8, -1)[live].float())
+    assert obs[~live].eq(0).all()
     seen = torch.from_numpy(vector_env.func(actions.numpy()))
     expected = 100 * t + (seen if discrete else seen.sum(dim=-1))
     torch.testing.assert_close(rewards, mask * expected)
@@ -95,8 +97,37 @@ def test_greedy_rollout_takes_the_mode_and_draws_nothing(script):
 def test_rollout_copies_observations_an_env_reuses(script):
     vector_env = script.make_envs("Counting-v0", 4, dtype="float32")  # not to be converted
     vector_env.unwrapped.copy = False
+    torch.manual_seed(0)
     obs = script.rollout(vector_env, script.Policy(2, 2, True)).obs
-    assert obs[0, 0, 1] == 0 and obs[0, 1, 1] == 1
+    longest = obs[:, 0, 0].argmax()
+    assert obs[longest, 0, 1] == 0 and obs[longest, 1, 1] == 1
+
+
+class Still:
+    """A policy that always takes one action, and at once."""
+
+    mode = torch.zeros(1, dtype=torch.int64)
+
+    def parameters(self):
+        return iter([self.mode])
+
+    def __call__(self, obs):
+        return self
+
+    def sample(self):
+        return self.mode
+
+    def log_prob(self, actions):
+        return actions
+
+
+@pytest.mark.parametrize("module", [reinforce, offpolicy_pg])
+def test_an_episode_without_end_is_an_error_that_says_what_to_do(module):
+    """And one of 20,000 steps is none."""
+    policy = Still()
+    assert module.rollout(Endless(20_000), policy).rewards.sum() == 20_000
+    with pytest.raises(gym.error.Error, match="--env-kwargs .*max_episode_steps"):
+        module.rollout(Endless(), policy)
 
 
 def test_equation_2_policy_loss_sums_over_time_and_averages_over_episodes(script):

@@ -22,8 +22,8 @@ VALUE_ORDER = ["Args", "Batch", "ReplayBuffer", "select_actions", "td_target", "
 VALUE_ORDER += ["train", "evaluate"]
 SKIP = ["make_envs", "save_checkpoint", "defaults"]
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 266, "pg_baseline": 331, "offpolicy_pg": 333, "dqn": 388, "cem_q": 433}
-LINES |= {"naf": 333, "ddpg_continuous": 351}
+LINES = {"reinforce": 305, "pg_baseline": 374, "offpolicy_pg": 373, "dqn": 426, "cem_q": 476}
+LINES |= {"naf": 375, "ddpg_continuous": 392}
 
 
 def blocks(name):
@@ -77,6 +77,10 @@ def test_value_based_blocks_are_verbatim(one, two):
         assert ours["make_envs"] == theirs["make_envs"]
 
 
+def test_both_families_scale_actions_alike():
+    assert blocks("reinforce")["scale"] == blocks("naf")["scale"]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_what_all_seven_share_is_verbatim(name):
     ours, theirs = blocks(name), blocks("reinforce")
@@ -93,7 +97,7 @@ def test_what_all_seven_share_is_verbatim(name):
 @pytest.mark.parametrize("name", ALL)
 def test_order(name):
     """Settings, networks, data and algorithm, then train, then what a reader may skip."""
-    order = (VALUE_ORDER if name in VALUE_BASED else ORDER) + SKIP
+    order = (VALUE_ORDER if name in VALUE_BASED else ORDER) + ["scale"] * (name != "dqn") + SKIP
     found = list(blocks(name))
     assert [block for block in found if block in order] == order
     assert found[found.index("train") + 1 :] == order[order.index("train") + 1 :]

@@ -144,18 +144,18 @@ def test_help_shows_the_equations_and_every_flag(module, monkeypatch, capsys):
 
 
 def test_train_closes_the_envs_before_it_makes_those_of_the_evaluation(module, monkeypatch):
-    done, make_envs, settings = [], module.make_envs, '{"max_episode_steps": 9}'
+    done, make_envs = [], module.make_envs
 
-    def record(*args):
-        vector_env = make_envs(*args)
-        done.append(args)
+    def record(*args, **kwargs):
+        vector_env = make_envs(*args, **kwargs)
+        done.append((*args, kwargs["max_episode_steps"]))
         vector_env.close = lambda: done.append("closed")
         return vector_env
 
     monkeypatch.setattr(module, "make_envs", record)
-    args = module.Args(**SETTINGS[module], env_kwargs=settings)
+    args = module.Args(**SETTINGS[module], env_kwargs='{"max_episode_steps": 9}')
     module.train(args)
-    training, evaluation = [(args.env_id, n, settings) for n in (args.num_envs, args.eval_episodes)]
+    training, evaluation = [(args.env_id, n, 9) for n in (args.num_envs, args.eval_episodes)]
     assert done == [training, "closed", evaluation, "closed"]
 
 

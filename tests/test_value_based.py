@@ -4,10 +4,12 @@ import math
 from copy import deepcopy
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import VALUE_TINY
-from envs import counting
+from envs import Endless, counting
+from problems import continuous_batch
 from torch import nn
 
 import cem_q
@@ -68,6 +70,54 @@ def test_equation_6_update_target(value_script):
     assert torch.equal(target.bias, online.bias)
 
 
+SEARCHES = {
+    "grid": lambda q, size: cem_q.argmax_grid(q, size, 2, 5),
+    "gradient": lambda q, size: cem_q.argmax_gradient(q, size, 2),
+    "cem": lambda q, size: cem_q.argmax_cem(q, size, 2),
+    "cmaes": lambda q, size: cem_q.argmax_cmaes(q, size, 2),
+}
+
+
+def target_of(kind):
+    """td_target of a batch by new networks of a script, for γ = 0.9."""
+    torch.manual_seed(0)
+    if kind == "naf":
+        network = naf.NAFNetwork(3, 2)
+        return lambda batch: naf.td_target(batch, network, 0.9, 1.0)
+    if kind == "ddpg_continuous":
+        actor, network = ddpg_continuous.Actor(3, 2), ddpg_continuous.QNetwork(3, 2)
+        return lambda batch: ddpg_continuous.td_target(batch, actor, network, 0.9)
+    if kind in SEARCHES:
+        network = cem_q.QNetwork(3, 2)
+
+        def target(batch):
+            torch.manual_seed(1)
+            actions = cem_q.argmax_action(network, batch.next_obs, SEARCHES[kind])
+            return cem_q.td_target(batch, actions, network, 0.9)
+
+        return target
+    networks = [dqn.QNetwork(3, 2, dueling=kind == "dueling") for _ in range(2)]
+    return lambda batch: dqn.td_target(batch, *networks, 0.9, kind == "double_q")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "kind", ["dqn", "double_q", "dueling", "naf", "ddpg_continuous", *SEARCHES]
+)
+def test_equation_4_is_the_reward_where_a_last_state_is_not_finite(kind, value):
+    """td_target of four transitions, of which the second and the last end their episodes."""
+    torch.manual_seed(0)
+    batch, td_target = continuous_batch(dqn), target_of(kind)
+    expected = td_target(batch)
+    assert not expected[[0, 2]].eq(batch.rewards[[0, 2]]).any()
+    for entries in (slice(None), 0):  # all or one of the numbers of a state
+        next_obs = batch.next_obs.clone()
+        next_obs[1::2, entries] = value
+        y = td_target(batch._replace(next_obs=next_obs))
+        assert y[1::2].tolist() == [1, 3]
+        torch.testing.assert_close(y[::2], expected[::2])
+
+
 def test_networks_take_any_leading_dimensions():
     torch.manual_seed(0)
     obs, actions = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
@@ -125,6 +175,14 @@ def test_evaluate_starts_alike_in_every_run(value_script):
         value_script.evaluate(policy, vector_env, "cpu")
         assert torch.equal(state, torch.get_rng_state())
     assert len(starts) == 2 and torch.equal(*starts) and len(starts[0].unique()) == 9
+
+
+def test_an_evaluation_without_end_is_an_error_that_says_what_to_do(value_script):
+    """And an episode of 20,000 steps is none."""
+    policy = lambda obs: torch.zeros(1, dtype=torch.int64)  # noqa: E731
+    assert value_script.evaluate(policy, Endless(20_000), "cpu").item() == 20_000
+    with pytest.raises(gym.error.Error, match="--env-kwargs .*max_episode_steps"):
+        value_script.evaluate(policy, Endless(), "cpu")
 
 
 # What `train` does
