@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Sequence, Text, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Sequence, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 
@@ -287,8 +287,6 @@ for kind, actions in {"": Discrete(2), "Box": UNEVEN}.items():
 NO_VECTORS = {
     "Sequence": Sequence(box(2)),
     "Graph": Graph(box(2), None),
-    "Text": Text(5),
-    "Dict of Text": Dict(a=Text(5), b=box(2)),
     "Tuple of Sequence": Tuple([box(2), Sequence(Discrete(2))]),
 }
 TOO_WIDE = {

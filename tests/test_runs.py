@@ -1005,14 +1005,6 @@ def test_a_log_of_the_users_own_is_left_alone(module):
     assert len(list(logs(path.parent))) == 1
 
 
-def test_a_log_of_the_users_own_is_new_after_a_run_that_broke():
-    with pytest.raises(ZeroDivisionError):
-        trained(reinforce, wandb_mode="offline", env_id="Counted-v0", env_kwargs='{"breaks": true}')
-    theirs = users_own_log()
-    assert set(theirs.config.keys()) == {"mine"} and wandb.run is theirs
-    theirs.finish()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("name", ["reinforce", "dqn"])
