@@ -141,7 +141,7 @@ def test_the_lecture_is_whole():
     assert [int(number) for number in errata] == list(range(1, 27))
 
 
-@pytest.mark.parametrize("name", ["reinforce", "dqn"])
+@pytest.mark.parametrize("name", ["reinforce", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_the_environment_of_the_readme_works_with_every_flag(name, tmp_path):
     (code,) = re.findall(r"```python\n(import gymnasium.*?)```", README, flags=re.DOTALL)
     (tmp_path / "my_env.py").write_text(code)

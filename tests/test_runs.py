@@ -514,6 +514,7 @@ def test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatc
     assert torch.load(path, weights_only=True)["global_step"] >= 400
 
 
+@pytest.mark.slow
 def test_where_ffmpeg_is_broken_the_return_is_printed_and_the_exit_tells(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", shutil.which("false"))
     words = flags("reinforce", capture_video=True)
@@ -760,6 +761,7 @@ while time.monotonic() < end:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_one_checkpoint_leave_one_that_loads(tmp_path):
     """As after a requeue, when the first has not ended yet."""
     command = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
@@ -868,9 +870,10 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
 
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
+SLOW_SIGNALS = [pytest.param(x, marks=pytest.mark.slow) for x in ([INT], [TERM, INT])]
 
 
-@pytest.mark.parametrize("numbers", [[INT], [INT, TERM], [TERM, INT]])
+@pytest.mark.parametrize("numbers", [[INT, TERM], *SLOW_SIGNALS])
 def test_signals_end_an_episode_without_end(numbers, tmp_path):
     process = start("reinforce", "--env-id", "envs:Forever-v0", cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/wandb/offline-run-*")), process)

@@ -15,6 +15,7 @@ import cem_q
 import ddpg_continuous
 import dqn
 import offpolicy_pg
+import reinforce
 
 SETTINGS = dict.fromkeys(MODULES, TINY)
 VALUE_SETTINGS = {**VALUE_TINY, "total_timesteps": 200, "learning_starts": 60}
@@ -115,6 +116,12 @@ def test_one_env(module):
     trained(module, num_envs=1)
 
 
+FIRST = [reinforce, dqn]
+OTHERS = [module for module in MODULES + VALUE_MODULES if module not in FIRST]
+SLOW = [pytest.param(module, marks=pytest.mark.slow) for module in OTHERS]
+
+
+@pytest.mark.parametrize("module", FIRST + SLOW)
 def test_copied_elsewhere_a_script_runs_alone(module, tmp_path):
     """As a user starts it, and without what is beside it here."""
     name = f"{module.__name__}.py"
