@@ -4,8 +4,8 @@ python tests/mutation.py dqn naf     # all seven scripts without arguments; minu
 
 Cosmic Ray makes the changes, one at a time: arithmetic operators, comparisons, numbers, booleans,
 loops and decorators, from the first network to the last function before `train`, and below it in
-`evaluate`, `scale` and `make_envs`. Each is run in a process of its own, forked when PyTorch is loaded; that
-saves most of the time. The script's own tests come first, as the first failure ends a run.
+`evaluate`, `scale` and `make_envs`. Each is run in a process of its own, forked when PyTorch is
+loaded; that saves most of the time. The script's own tests come first, as the first failure ends a run.
 """
 
 import ast
@@ -53,7 +53,8 @@ def mutants(script):
     blocks = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
     names = list(blocks)
     algorithm = names[1 : names.index("train")]  # the first is Args
-    chosen = [blocks[name] for name in (*algorithm, "evaluate", "scale", "make_envs") if name in blocks]
+    names = (*algorithm, "evaluate", "scale", "make_envs")
+    chosen = [blocks[name] for name in names if name in blocks]
     lines = {line for node in chosen for line in range(first_line(node), node.end_lineno + 1)}
     with use_db(":memory:", WorkDB.Mode.create) as db:
         init([path], db, {})
