@@ -5,7 +5,8 @@ python tests/mutation.py dqn naf     # all seven scripts without arguments; minu
 Cosmic Ray makes the changes, one at a time: arithmetic operators, comparisons, numbers, booleans,
 loops and decorators, from the first network to the last function before `train`, and below it in
 `evaluate`, `scale` and `make_envs`. Each is run in a process of its own, forked when PyTorch is
-loaded; that saves most of the time. The script's own tests come first, as the first failure ends a run.
+loaded; that saves most of the time. The script's own tests come first, as the first failure ends a
+run.
 """
 
 import ast
