@@ -52,7 +52,7 @@ from gymnasium.wrappers.vector import (
     RecordVideo,
     TransformAction,
 )
-from torch import Tensor, cuda, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
@@ -65,7 +65,7 @@ class Args:
     total_timesteps: int = 20_000  # env steps; the last round is completed
     num_envs: int = 8  # N, the envs stepped at once
     # where the networks and the data are; cuda if there is one
-    device: Literal["cpu", "cuda", "mps"] = "cuda" if cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
     capture_video: bool = False  # film one more greedy episode at the end
@@ -136,7 +136,7 @@ class ReplayBuffer(nn.Module):
         for name, shape in zip(Batch._fields, (obs_shape, action_shape, (), obs_shape, ())):
             dtype = action_dtype if name == "actions" else torch.float32
             self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype, device=device))
-        self.register_buffer("count", torch.tensor(0))  # on the host, which need not wait for it
+        self.register_buffer("count", torch.tensor(0))  # on the CPU: no wait to read it
 
     def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
         """The fields of a Batch of any length, the oldest first; returns the rows they are in."""
@@ -252,7 +252,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, sigma
 def td_target(batch: Batch, next_actions: Tensor, target_network, gamma: float) -> Tensor:
     """(4) y, (B,), given argmax_a' Q_φ⁻(s', a'), (B, A)."""
     next_q = target_network(batch.next_obs, next_actions)
-    return batch.rewards + gamma * next_q.masked_fill(batch.terminations > 0, 0)
+    return batch.rewards + gamma * next_q.masked_fill(batch.terminations > 0, 0)  # s' may be nan
 
 
 @torch.no_grad()
@@ -275,7 +275,7 @@ def train(args: Args) -> Tensor:
     q_network = QNetwork(obs_dim, action_dim).to(args.device)
     optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
     target_network = deepcopy(q_network)
-    size = 8 * args.buffer_size * (obs_dim + 2)
+    size = 8 * args.buffer_size * (obs_dim + 2)  # bytes, of s and s' in float32 and the rest
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise gym.error.Error(f"the memory does not hold {size / 1e9:.0f} GB; lower --buffer-size")
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)
@@ -297,7 +297,7 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
+        torch.manual_seed(args.seed + state["global_step"])  # for a GPU: its state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -394,7 +394,7 @@ def train(args: Args) -> Tensor:
 
 @torch.no_grad()
 def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tensor:
-    """Return of one episode in each of envs, (N,); they start alike in every run."""
+    """Return of one episode in each of envs, (N,), which start alike in every run; closes them."""
     returns = torch.zeros(envs.num_envs, dtype=torch.float64)
     next_obs, _ = envs.reset(seed=1)
     live = np.ones(envs.num_envs, dtype=bool)
@@ -421,8 +421,7 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     mode = envs.metadata.get("autoreset_mode")
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
-        hint = "not NEXT_STEP; --vectorization-mode sync may help"
-        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, {hint}")
+        raise gym.error.Error(f"--env-id {env_id}: {mode}; try --vectorization-mode sync")
     space = envs.single_observation_space
     try:
         width = flatdim(space)
@@ -440,36 +439,39 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> float:
-    """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
+    """Writes a new file and renames it: a kill leaves the old or the new. Time of the next one."""
     start = time.monotonic()
     new = run_dir / f"checkpoint.{time.time_ns()}.tmp"  # two processes may write at once
     try:
         torch.save(state, new)
-    except RuntimeError:  # which torch makes of a full disk
-        new.unlink(missing_ok=True)
+        new.replace(run_dir / "checkpoint.pt")
+    except RuntimeError:  # what torch raises when the disk is full
         raise OSError(f"cannot write {new}") from None
-    new.replace(run_dir / "checkpoint.pt")
+    finally:
+        new.unlink(missing_ok=True)
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
 
 
 def defaults(resume: str = "") -> Args:
     """Settings of the run to resume, if any; the device is that of this machine."""
+    if not resume:
+        return Args()
     try:
-        saved = torch.load(resume, map_location="cpu", weights_only=True)["args"] if resume else {}
+        saved = torch.load(resume, map_location="cpu", weights_only=True)["args"]
         return Args(**saved | {"device": Args.device})
     except Exception:
         raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as by Ctrl-C
     sys.path.append(os.getcwd())  # so that --env-id finds a module here
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
-        os.environ["WANDB_MODE"] = args.wandb_mode  # or offline would look up a host
+        os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

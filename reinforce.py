@@ -40,7 +40,7 @@ import tyro
 import wandb
 from gymnasium.spaces import Box, Discrete, flatdim
 from gymnasium.wrappers.vector import FlattenObservation, RecordVideo, TransformAction
-from torch import Tensor, cuda, nn
+from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ class Args:
     total_timesteps: int = 350_000  # env steps; the last batch is completed
     num_envs: int = 64  # N, the envs stepped at once; a batch holds one episode of each
     # where the networks and the data are; cuda if there is one
-    device: Literal["cpu", "cuda", "mps"] = "cuda" if cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
     capture_video: bool = False  # film one more greedy episode at the end
@@ -107,7 +107,7 @@ class Trajectories(NamedTuple):
 
 @torch.no_grad()
 def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) -> Trajectories:
-    """(1) One whole episode of each env, however long; greedy ones start alike in every run."""
+    """(1) One whole episode of each env; greedy ones start alike in every run."""
     seed = 1 if greedy else int(torch.randint(2**31 - envs.num_envs, ()))
     device = next(policy.parameters()).device
     next_obs, _ = envs.reset(seed=seed)
@@ -164,7 +164,7 @@ def train(args: Args) -> Tensor:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        torch.manual_seed(args.seed + state["global_step"])  # of a GPU, whose state is not saved
+        torch.manual_seed(args.seed + state["global_step"])  # for a GPU: its state is not saved
         torch.set_rng_state(state["rng"])
         global_step = state["global_step"]
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
@@ -248,8 +248,7 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     mode = envs.metadata.get("autoreset_mode")
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
-        hint = "not NEXT_STEP; --vectorization-mode sync may help"
-        raise gym.error.Error(f"--env-id {env_id}: its autoreset is {mode}, {hint}")
+        raise gym.error.Error(f"--env-id {env_id}: {mode}; try --vectorization-mode sync")
     space = envs.single_observation_space
     try:
         width = flatdim(space)
@@ -269,36 +268,39 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> float:
-    """Writes beside and renames, so that a kill leaves the old or the new; when to write again."""
+    """Writes a new file and renames it: a kill leaves the old or the new. Time of the next one."""
     start = time.monotonic()
     new = run_dir / f"checkpoint.{time.time_ns()}.tmp"  # two processes may write at once
     try:
         torch.save(state, new)
-    except RuntimeError:  # which torch makes of a full disk
-        new.unlink(missing_ok=True)
+        new.replace(run_dir / "checkpoint.pt")
+    except RuntimeError:  # what torch raises when the disk is full
         raise OSError(f"cannot write {new}") from None
-    new.replace(run_dir / "checkpoint.pt")
+    finally:
+        new.unlink(missing_ok=True)
     return start + max(2, 50 * (time.monotonic() - start))  # at most 2 % of the time
 
 
 def defaults(resume: str = "") -> Args:
     """Settings of the run to resume, if any; the device is that of this machine."""
+    if not resume:
+        return Args()
     try:
-        saved = torch.load(resume, map_location="cpu", weights_only=True)["args"] if resume else {}
+        saved = torch.load(resume, map_location="cpu", weights_only=True)["args"]
         return Args(**saved | {"device": Args.device})
     except Exception:
         raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as by Ctrl-C
     sys.path.append(os.getcwd())  # so that --env-id finds a module here
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where φ cannot be printed
     try:
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
-        os.environ["WANDB_MODE"] = args.wandb_mode  # or offline would look up a host
+        os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

@@ -507,7 +507,7 @@ def test_steps_per_second_need_no_progress_bar(module, monkeypatch):
 
 def test_without_moviepy_a_run_is_kept_and_its_return_printed(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    with pytest.raises(gym.error.DependencyNotInstalled, match="MoviePy"):
+    with pytest.raises(gym.error.DependencyNotInstalled, match="(?i)moviepy"):
         trained(module, capture_video=True)
     assert "greedy return" in capsys.readouterr().out
     (path,) = Path("runs").glob("*/checkpoint.pt")
@@ -709,8 +709,7 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         trained(module, resume=str(path), total_timesteps=800)
     assert same(torch.load(path, weights_only=True), before)
-    (half,) = path.parent.glob("checkpoint.*.tmp")
-    assert half.read_bytes() == b"half"
+    assert list(path.parent.glob("checkpoint.*.tmp")) == []
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.001, 2), (0.04, 2), (0.2, 10), (3, 150)])
