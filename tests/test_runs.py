@@ -861,7 +861,7 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     step = torch.load(path, weights_only=True)["global_step"]
     logged, _ = last_step(path.parent)
     assert logged >= step if name in SCRIPTS else logged > step - 500
-    words = shlex.split(out.split("to go on after a stop: python ")[1])
+    words = shlex.split(re.search("to go on after a stop: python (.+)", out)[1])
     assert words == [str(ROOT / f"{name}.py"), "--resume", str(path)]
     result = run(name, *words[1:], "--total-timesteps", step + 100, cwd=tmp_path)
     assert result.returncode == 0 and "greedy return" in result.stdout
