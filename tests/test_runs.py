@@ -869,7 +869,7 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
 
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
-SLOW_SIGNALS = [pytest.param(x, marks=pytest.mark.slow) for x in ([INT], [TERM, INT])]
+SLOW_SIGNALS = [pytest.param(x, marks=pytest.mark.slow) for x in ([INT], [TERM], [TERM, INT])]
 
 
 @pytest.mark.parametrize("numbers", [[INT, TERM], *SLOW_SIGNALS])
