@@ -441,7 +441,7 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
 def save_checkpoint(run_dir: Path, state: dict) -> float:
     """Writes a new file and renames it: a kill leaves the old or the new. Time of the next one."""
     start = time.monotonic()
-    new = run_dir / f"checkpoint.{time.time_ns()}.tmp"  # two processes may write at once
+    new = run_dir / f"checkpoint.{os.urandom(8).hex()}.tmp"  # two processes may write at once
     try:
         torch.save(state, new)
         new.replace(run_dir / "checkpoint.pt")
