@@ -13,6 +13,7 @@ from importlib import import_module
 from multiprocessing import get_context
 from os import chdir
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -242,9 +243,7 @@ def curve(run):
     def log(metrics, step=None):
         rows.append({"global_step": step} | metrics)
 
-    wandb.log = log
-    for name in ("setup", "init", "define_metric", "finish"):
-        setattr(wandb, name, lambda *args, **settings: None)
+    wandb.init = lambda **settings: SimpleNamespace(log=log, finish=lambda: None)
     with tempfile.TemporaryDirectory() as folder:
         chdir(folder)
         with open("log", "w") as output, redirect_stdout(output), redirect_stderr(output):

@@ -10,6 +10,8 @@ import tyro
 from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES, run
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from docs import figures
+
 BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "mutation.md", *DOCS]
@@ -170,3 +172,10 @@ def test_each_figure_is_made_and_shown():
     names = {f"{name}.png" for name in re.findall(r"^def (\w+)\(\):", FIGURES, flags=re.M)}
     assert names == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
     assert names <= set(re.findall(r"\w+\.png", "".join(page.read_text() for page in DOCS)))
+
+
+def test_the_figures_get_what_the_runs_log():
+    settings = {"total_timesteps": 400, "num_envs": 4, "env_id": "CartPole-v1"}
+    first, second = figures.curves({"a label": ("reinforce", settings)}, [1, 2])["a label"]
+    assert first != second and first[-1]["global_step"] >= 400
+    assert all(row["charts/episodic_return"] >= 1 for row in first + second)
