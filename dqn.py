@@ -61,8 +61,8 @@ class Args:
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
     vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 50_000  # env steps; the last round is completed
-    num_envs: int = 32  # N, the envs stepped at once
+    total_timesteps: int = 100_000  # env steps; the last round is completed
+    num_envs: int = 64  # N, the envs stepped at once
     # where the networks and the data are; cuda if there is one
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
@@ -74,13 +74,13 @@ class Args:
     learning_rate: float = 4e-3  # η, the step size
     anneal_lr: bool = True  # let η fall to 0 by the end
     gamma: float = 0.99  # discount
-    buffer_size: int = 50_000  # transitions that the buffer keeps
-    batch_size: int = 256  # transitions in an update
+    buffer_size: int = 100_000  # transitions that the buffer keeps
+    batch_size: int = 128  # transitions in an update
     num_steps: int = 1  # steps of each env in a round, before its updates
     num_updates: int = 8  # gradient steps in a round
     learning_starts: int = 1_000  # env steps before the first update
     tau: float = 1.0  # part of φ that φ⁻ takes over; 1 is a copy
-    target_network_frequency: int = 160  # env steps from one φ⁻ to the next
+    target_network_frequency: int = 256  # env steps from one φ⁻ to the next
     start_e: float = 1.0  # ε at first
     end_e: float = 0.1  # ε at last
     exploration_fraction: float = 0.16  # part of total_timesteps in which ε falls
@@ -240,7 +240,8 @@ def train(args: Args) -> Tensor:
         optimizer = torch.optim.SGD(q_network.parameters())
     else:
         q_network = QNetwork(obs_dim, num_actions, args.dueling).to(args.device)
-        optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
+        # eps: where the gradient is mere noise, Adam would still take a full step
+        optimizer = torch.optim.Adam(q_network.parameters(), eps=1e-3, fused=True)
     target_network = deepcopy(q_network)
     size = 8 * args.buffer_size * (obs_dim + 2)  # bytes, of s and s' in float32 and the rest
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):

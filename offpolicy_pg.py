@@ -53,8 +53,8 @@ class Args:
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
     vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 60_000  # env steps; the last batch is completed
-    num_envs: int = 8  # N, the envs stepped at once; a batch holds one episode of each
+    total_timesteps: int = 100_000  # env steps; the last batch is completed
+    num_envs: int = 16  # N, the envs stepped at once; a batch holds one episode of each
     # where the networks and the data are; cuda if there is one
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
@@ -64,11 +64,12 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # Ψ
-    num_updates: int = 20  # gradient steps on one batch, at most
+    num_updates: int = 8  # gradient steps on one batch, at most
     target_kl: float = 0.02  # δ, the KL that ends the steps on a batch
     baseline: Literal["none", "value"] = "value"  # subtract w V(s), (8)
     value_learning_rate: float = 1e-2  # step size of the fit of V
-    learning_rate: float = 5e-3  # α, the step size
+    learning_rate: float = 5e-3  # α at first; it is α / (1 + n / decay_steps) after n env steps
+    decay_steps: int = 10_000  # env steps after which α has halved
     gamma: float = 1.0  # discount; the slides have none
 
     def __post_init__(self) -> None:
@@ -227,6 +228,7 @@ def train(args: Args) -> Tensor:
         live = mask.bool()
         values = value_network(obs).detach()
         distribution = behavior = policy(obs)
+        optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         for _ in range(args.num_updates):
             # 2. estimate ∇J(φ')
             log_probs = distribution.log_prob(actions)
@@ -238,7 +240,6 @@ def train(args: Args) -> Tensor:
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
-            optimizer.param_groups[0]["lr"] = args.learning_rate
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

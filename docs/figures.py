@@ -4,13 +4,16 @@ python -m docs.figures                 # all of them, to docs/figures; ten minut
 python -m docs.figures variance naf    # or some
 """
 
+import csv
 import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from os import chdir
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +30,8 @@ import cem_q
 import naf
 import offpolicy_pg
 import reinforce
+from benchmark.contestant import PASS
+from benchmark.race import SYSTEMS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from problems import (
@@ -47,6 +52,9 @@ FOLDER = Path(__file__).resolve().parent / "figures"
 COLORS = ["#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 SIZE = (9, 3.6)
+RACE = {"offpolicy_pg.py": "#0072B2", "pg_baseline.py": "#56B4E9", "reinforce.py": "#009E73"}
+RACE |= {"PPO": "#0072B2", "dqn.py": "#D55E00", "DQN": "#D55E00", "naf.py": "#009E73"}
+RACE |= {"ddpg_continuous.py": "#D55E00", "DDPG": "#D55E00"}
 
 
 def variance():
@@ -356,7 +364,35 @@ def samples():
     return figure
 
 
-FIGURES = [variance, ess, bias, maximizers, quadratic, replay, samples]
+def race():
+    """Greedy return against the wall clock, medians of the seeds in benchmark/race.csv."""
+    with (FOLDER.parents[1] / "benchmark" / "race.csv").open() as file:
+        runs = groupby(csv.DictReader(file), key=itemgetter("env_id", "system", "seed"))
+        found = {key: list(rows) for key, rows in runs}
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    seconds = np.geomspace(3, 120, 400)
+    for axes, (env_id, systems) in zip(panels, SYSTEMS.items()):
+        for system in systems:
+            values = []
+            for (task, name, _), rows in found.items():
+                if (task, name) == (env_id, system):
+                    whole = [float(row["whole"]) for row in rows]
+                    last = np.searchsorted(whole, seconds).clip(1) - 1  # of the past, if any
+                    values.append(np.array([float(row["return"]) for row in rows])[last])
+            library, algorithm = ["ours", *system.split()][-2:]
+            style = {"ours": "-", "SB3": "--", "SBX": ":"}[library]
+            axes.plot(
+                seconds, np.median(values, axis=0), style, color=RACE[algorithm], label=system
+            )
+        axes.axhline(PASS[env_id], color="0.6", linewidth=0.8)
+        axes.set(title=env_id, xscale="log", xlabel="seconds since the process started")
+        axes.set_xticks([3, 5, 10, 20, 50, 100], ["3", "5", "10", "20", "50", "100"])
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("greedy return, median of the seeds")
+    return figure
+
+
+FIGURES = [variance, ess, bias, maximizers, quadratic, replay, samples, race]
 
 if __name__ == "__main__":
     plt.rcParams.update(

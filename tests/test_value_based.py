@@ -245,7 +245,8 @@ def test_updates_by_hand(module, own, spy, monkeypatch):
 
     names = ["actor", "q_network"][-len(made) :]
     online, target = dict(zip(names, made)), dict(zip(names, deepcopy(made)))
-    adams = {name: torch.optim.Adam(x.parameters(), 1e-2) for name, x in online.items()}
+    eps = 1e-3 if module is dqn else 1e-8
+    adams = {name: torch.optim.Adam(x.parameters(), 1e-2, eps=eps) for name, x in online.items()}
     scale, q_network = getattr(args, "reward_scale", 1.0), online["q_network"]
     for sample in samples:
         batch = sample.result
