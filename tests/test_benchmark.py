@@ -1,0 +1,81 @@
+"""What the benchmarks measure."""
+
+import json
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmark import contestant
+from benchmark.race import SYSTEMS, passes
+
+
+@pytest.mark.parametrize(
+    ("returns", "first", "third"),
+    [
+        ([475, 474, 475, 475, 476], 0, 4),
+        ([1, 500, 500, 500, 500], 1, 3),
+        ([500, 500, 1, 500], 0, None),
+        ([474.9], None, None),
+    ],
+)
+def test_the_first_pass_and_the_third_in_a_row(returns, first, third):
+    rows = [{"return": str(x), "whole": i} for i, x in enumerate(returns)]  # as csv has them
+    found = [row and row["whole"] for row in passes(rows, 475)]
+    assert found == [first, third]
+
+
+def test_the_stopwatch_stands_during_an_evaluation(monkeypatch, capsys):
+    clock = [100.0]
+
+    def evaluate(envs, act):
+        clock[0] += 50
+        return act
+
+    monkeypatch.setattr(contestant, "time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr(contestant, "evaluate", evaluate)
+    monkeypatch.setattr(contestant, "BORN", 98.0)
+    ends = []
+    monkeypatch.setattr(contestant.os, "_exit", ends.append)
+    watch = contestant.Stopwatch(None, 475)
+    watch.start()
+    for step, mean in [
+        (999, 1),
+        (1010, 475),
+        (1900, 1),
+        (2000, 474),
+        *((n, 500) for n in (3e3, 4e3)),
+    ]:
+        clock[0] += 1
+        watch.check(step, mean)
+    assert not ends
+    clock[0] += 1
+    watch.check(9_500, 480)
+    assert ends == [0]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["step"] for row in rows] == [1010, 2000, 3000, 4000, 9500]
+    assert [row["return"] for row in rows] == [475, 474, 500, 500, 480]
+    assert [row["training"] for row in rows] == [2, 4, 5, 6, 7]
+    assert [row["whole"] for row in rows] == [4, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("script", contestant.OURS)
+def test_a_contestant_acts_as_its_script_does(script):
+    module = import_module(script.removesuffix(".py"))
+    name, greedy = contestant.OURS[script]
+    env_id = next(env_id for env_id, systems in SYSTEMS.items() if script in systems)
+    envs = module.make_envs(env_id, 3)
+    obs = torch.tensor(envs.reset(seed=0)[0])
+    kind = getattr(module, name)
+    torch.manual_seed(0)
+    if name == "Policy":
+        network = kind(4, 2, True)
+        expected = module.rollout(envs, network, greedy=True).actions[:, 0]
+        obs = torch.tensor(envs.reset(seed=1)[0])
+    else:
+        network = kind(4, 2) if script == "dqn.py" else kind(3, 1)
+        still = torch.tensor(0.0)  # no noise, no exploration
+        expected = module.select_actions(network, obs, still)
+    with torch.no_grad():
+        assert torch.equal(greedy(network, obs), expected)
