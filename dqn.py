@@ -80,7 +80,7 @@ class Args:
     num_updates: int = 8  # gradient steps in a round
     learning_starts: int = 1_000  # env steps before the first update
     tau: float = 1.0  # part of φ that φ⁻ takes over; 1 is a copy
-    target_network_frequency: int = 256  # env steps from one φ⁻ to the next
+    target_network_frequency: int = 192  # env steps from one φ⁻ to the next; more as η falls
     start_e: float = 1.0  # ε at first
     end_e: float = 0.1  # ε at last
     exploration_fraction: float = 0.16  # part of total_timesteps in which ε falls
@@ -273,6 +273,7 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)
+    age = 0.0  # of φ⁻, in env steps at the first η
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
         start = time.perf_counter()
@@ -307,8 +308,10 @@ def train(args: Args) -> Tensor:
             optimizer.step()  # (5)
             if args.prioritized_replay:
                 buffer.update_priorities(rows, (q_values - y).detach(), args.alpha)  # (9)
-        if global_step % args.target_network_frequency < steps:
+        age += steps * (1 - passed) if args.anneal_lr else steps
+        if age >= args.target_network_frequency:
             update_target(target_network, q_network, args.tau)  # (6)
+            age %= args.target_network_frequency
 
         progress.update(steps)
         seconds = time.perf_counter() - start

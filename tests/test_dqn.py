@@ -246,11 +246,13 @@ def test_train_of_dqn_lets_epsilon_fall(spy):
     assert 0.4 <= len(falling) / greedy <= 0.6
 
 
-def test_train_of_dqn_copies_the_target_network_now_and_then(spy):
+@pytest.mark.parametrize(("anneal_lr", "number"), [(False, 8), (True, 4)])
+def test_train_copies_the_target_network_less_often_as_the_step_size_falls(spy, anneal_lr, number):
+    """400 env steps, or Σ 4 (1 - k / 100) = 202 of the first step size; 50 make a copy."""
     copies, targets = spy(dqn, "update_target"), spy(dqn, "td_target")
-    dqn.train(dqn.Args(**VALUE_TINY, target_network_frequency=60, num_updates=1))
-    assert 400 // 60 - 100 // 60 - 1 <= len(copies) <= 400 // 60 - 100 // 60 + 1
-    assert len(targets) > 5 * len(copies)
+    settings = {"target_network_frequency": 50, "num_updates": 1, "anneal_lr": anneal_lr}
+    dqn.train(dqn.Args(**VALUE_TINY, **settings))
+    assert len(copies) == number and len(targets) > 5 * number
 
 
 def test_train_weighs_the_td_errors_of_prioritised_replay(spy):
