@@ -305,7 +305,7 @@ def replay():
     its target would stand still for those 64 updates. A copy every 100 env steps was better than
     every 20 on the seeds 101 and 102. The figure shows ten other seeds.
     """
-    no_target = {"target_network_frequency": 1}
+    no_target = {"target_network_frequency": 1, "anneal_lr": False}  # else copies become rarer
     variants = {
         "DQN": {"learning_rate": 3e-3},
         "no target network": {"learning_rate": 3e-3} | no_target,
@@ -376,18 +376,16 @@ def race():
             values = []
             for (task, name, _), rows in found.items():
                 if (task, name) == (env_id, system):
-                    whole = [float(row["whole"]) for row in rows]
-                    last = np.searchsorted(whole, seconds).clip(1) - 1  # of the past, if any
-                    values.append(np.array([float(row["return"]) for row in rows])[last])
+                    seen = np.searchsorted([float(row["whole"]) for row in rows], seconds)
+                    values.append(np.array([np.nan, *(float(row["return"]) for row in rows)])[seen])
             library, algorithm = ["ours", *system.split()][-2:]
             style = {"ours": "-", "SB3": "--", "SBX": ":"}[library]
-            axes.plot(
-                seconds, np.median(values, axis=0), style, color=RACE[algorithm], label=system
-            )
+            style = {"linestyle": style, "linewidth": 1.5, "color": RACE[algorithm]}
+            axes.plot(seconds, np.median(values, axis=0), label=system, **style)
         axes.axhline(PASS[env_id], color="0.6", linewidth=0.8)
         axes.set(title=env_id, xscale="log", xlabel="seconds since the process started")
         axes.set_xticks([3, 5, 10, 20, 50, 100], ["3", "5", "10", "20", "50", "100"])
-        axes.legend(fontsize=8)
+        axes.legend(loc="lower right", fontsize=8)
     panels[0].set_ylabel("greedy return, median of the seeds")
     return figure
 
