@@ -19,7 +19,8 @@
 
 The slides leave out (1 - terminated). An episode cut by a time limit has a future all the same, so
 it is not terminated. (5) takes Adam's step on the mean of ½ (Q - y)², each weighted by w_i in (9).
-η falls linearly to 0: else the final policy depends on the noise of the last updates.
+η falls linearly to 0: else the final policy depends on the noise of the last updates. (6) becomes
+rarer as η falls: small steps take longer to reach y.
 
     python dqn.py --env-id CartPole-v1
     diff dqn.py cem_q.py        # next: continuous actions, where max_a' is a search
@@ -273,7 +274,7 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)
-    age = 0.0  # of φ⁻, in env steps at the first η
+    age = 0.0  # of φ⁻: env steps since the last copy, each times η / learning_rate
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
         start = time.perf_counter()
