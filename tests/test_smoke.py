@@ -20,6 +20,7 @@ import reinforce
 SETTINGS = dict.fromkeys(MODULES, TINY)
 VALUE_SETTINGS = {**VALUE_TINY, "total_timesteps": 200, "learning_starts": 60}
 SETTINGS |= dict.fromkeys(VALUE_MODULES, VALUE_SETTINGS)
+SETTINGS[dqn] = {**VALUE_SETTINGS, "target_network_frequency": 20}  # or no copy comes
 CASES = [(m, name, value) for m, tiny in SETTINGS.items() for name, value in options(m, tiny)]
 # what a flag needs to matter
 NEEDS = {"alpha": {"prioritized_replay": True}, "beta": {"prioritized_replay": True}}
