@@ -236,9 +236,8 @@ def train(args: Args) -> Tensor:
             log_probs = distribution.log_prob(actions)
             log_ratio = (log_probs - behavior_log_probs).detach()
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
-            if args.baseline == "value":
-                weights = log_weights(log_ratio, mask, args.estimator).exp().nan_to_num()
-                psi = psi - weights * values  # (8)
+            weights = log_weights(log_ratio, mask, args.estimator).exp().nan_to_num()
+            psi = {"none": psi, "value": psi - weights * values}[args.baseline]  # (8)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1

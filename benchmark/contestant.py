@@ -42,7 +42,7 @@ def zoo(algorithm):
         settings |= {"train_freq": 256, "gradient_steps": 128, "exploration_fraction": 0.16}
         settings |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]}}
         return settings, 1, 50_000
-    # DDPG: with our network and warm-up, as 400 x 300 and 10,000 steps only take it longer
+    # DDPG: with our network and warm-up; the zoo's are 400 x 300, and 10,000 steps
     settings = {"learning_rate": 1e-3, "buffer_size": 200_000, "learning_starts": 1_000}
     settings |= {"gamma": 0.98, "policy_kwargs": {"net_arch": [64, 64]}}
     return settings, 1, 20_000
@@ -63,9 +63,9 @@ class Stopwatch:
         if step < self.next_step:
             return
         now = time.time()
-        mean = evaluate(self.envs, act)
-        row = {"step": step, "return": mean, "whole": now - BORN - self.stood}
-        row |= {"training": now - self.started - self.stood}
+        mean = round(evaluate(self.envs, act), 2)
+        row = {"step": step, "return": mean, "whole": round(now - BORN - self.stood, 3)}
+        row |= {"training": round(now - self.started - self.stood, 3)}
         print(json.dumps(row), flush=True)
         self.passes = self.passes + 1 if mean >= self.threshold else 0
         if self.passes == 3:

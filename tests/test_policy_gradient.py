@@ -264,6 +264,12 @@ def test_the_step_size_decreases_with_the_env_steps(script, learning_rates, logg
     assert (len(rates) > len(steps)) == (script is offpolicy_pg)
 
 
+@pytest.mark.parametrize("module", [pg_baseline, offpolicy_pg])
+def test_a_baseline_that_does_not_exist_is_not_taken_for_none(module):
+    with pytest.raises(KeyError, match="vlaue"):
+        module.train(module.Args(**TINY, baseline="vlaue"))
+
+
 def test_the_logged_return_and_length_are_means_over_episodes(script, logged, spy):
     rollouts = spy(script, "rollout")
     returns = script.train(script.Args(**TINY))
