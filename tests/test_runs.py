@@ -860,7 +860,8 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     step = torch.load(path, weights_only=True)["global_step"]
     logged, _ = last_step(path.parent)
-    assert logged >= step if name in SCRIPTS else logged > step - 500
+    # 500 steps between two rows; W&B was once seen to lose the row that it still held
+    assert logged >= step if name in SCRIPTS else logged > step - 1000
     words = shlex.split(re.search("to go on after a stop: python (.+)", out)[1])
     assert words == [str(ROOT / f"{name}.py"), "--resume", str(path)]
     result = run(name, *words[1:], "--total-timesteps", step + 100, cwd=tmp_path)
