@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmark.logs import curve, final
 
 ROOT = Path(__file__).resolve().parents[1]
-KEYS = ["task", "env_id", "command", "seed"]
+KEYS = ["env_id", "command", "seed"]
 
 
 @dataclass
@@ -47,7 +47,6 @@ class Args:
 
 
 class Cell(NamedTuple):
-    task: str
     env_id: str
     command: str
     seed: int
@@ -55,7 +54,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """For its folder."""
-        words = f"{self.task} {self.command} {self.seed}"
+        words = f"{self.env_id} {self.command} {self.seed}"
         return "".join(x if x.isalnum() or x in "-." else "_" for x in words)
 
 
@@ -66,15 +65,15 @@ def cells(tasks: dict[str, dict], task: str, script: str, seeds: int) -> list[Ce
         sizes = dict.fromkeys(x["size"] for x in tasks.values())
         raise SystemExit(f"--task {task}: choose one of {', '.join([*sizes, *tasks])}")
     found = [
-        Cell(name, x["env_id"], command, x["first_seed"] + i)
+        Cell(x["env_id"], command, x["first_seed"] + i)
         for i in range(seeds)
-        for name, x in chosen.items()
+        for x in chosen.values()
         for command in x["commands"]
         if script in ("", command.split(".py")[0])
     ]
     if not found:
         raise SystemExit(f"--script {script}: --task {task} has no command of it")
-    return found
+    return list(dict.fromkeys(found))  # two tasks may share a command
 
 
 def die_with_parent() -> None:
@@ -141,7 +140,7 @@ def main(args: Args) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else the seconds depend on what else runs
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # where workers find this package
-    quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": None}
+    quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
     ray.init(args.address or "local", runtime_env=environment, **quiet)
     resources = {"num_cpus": args.cpus, "num_gpus": args.gpus}
     found = ray.cluster_resources()
@@ -159,10 +158,11 @@ def main(args: Args) -> None:
             except ray.exceptions.RayError as error:
                 failed += 1
                 reason = str(error).strip().split("\n")[-1]
-                progress.write(f"{cell.task}: {cell.command} --seed {cell.seed}: {reason}")
+                progress.write(f"{cell.env_id}: {cell.command} --seed {cell.seed}: {reason}")
             else:
                 keep(out, rows, end)
-                progress.set_postfix_str(f"{cell.task}: {cell.command}, {end['greedy_return']:.1f}")
+                script = cell.command.split()[0]
+                progress.set_postfix_str(f"{script}, {cell.env_id}: {end['greedy_return']:.1f}")
             progress.update()
     ray.shutdown()
     print(f"in {out}: runs.csv and curves.parquet")

@@ -1,6 +1,5 @@
 import copy
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -80,13 +79,6 @@ def run(script, *flags, cwd, timeout=120, **settings):
     process = start(script, *flags, cwd=cwd, **settings)
     stdout, stderr = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def records(directory):
-    """What a log of W&B holds, as dicts."""
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", directory]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [json.loads(line) for line in lines.splitlines()]
 
 
 def pytest_addoption(parser):

@@ -1,18 +1,23 @@
 """What the README and the docstrings say exists, and their commands parse."""
 
 import ast
+import itertools
 import re
 import shlex
 from itertools import takewhile
 
 import pytest
 import tyro
+import yaml
 from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES, run
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+import benchmark.plot
+import benchmark.run
 from docs import figures
 
 BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
+SETTINGS = [*BY_NAME.values(), benchmark.plot, benchmark.run]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "mutation.md", *DOCS]
 README = (ROOT / "README.md").read_text()
@@ -111,7 +116,7 @@ def test_pages_name_what_exists(page):
         assert target.exists(), link
         titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else []
         assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], link
-    flags = {f"--{name.replace('_', '-')}" for s in BY_NAME.values() for name in vars(s.Args())}
+    flags = {f"--{name.replace('_', '-')}" for s in SETTINGS for name in vars(s.Args())}
     for words in re.findall(r"`([^`\n]+)`", text):
         first = words.split()[0]
         if match := re.fullmatch(rf"({'|'.join(BY_NAME)})\.(\w+)", first):
@@ -154,14 +159,23 @@ def test_the_environment_of_the_readme_works_with_every_flag(name, tmp_path):
     assert list(tmp_path.glob("runs/*/videos/*.mp4"))
 
 
-def test_the_sweep_of_the_docs_gives_flags_that_parse():
-    """What W&B's agent makes of the last line of its file."""
-    assert "${args_no_boolean_flags}" in (ROOT / "docs" / "runs.md").read_text()
-    for value in (True, False):
-        sweep = {"normalize_advantages": {"value": value}, "learning_rate": {"value": 0.01}}
-        flags = create_sweep_command_args({"args": sweep})["args_no_boolean_flags"]
-        args = tyro.cli(BY_NAME["pg_baseline"].Args, args=flags)
-        assert args.normalize_advantages is value and args.learning_rate == 0.01
+@pytest.mark.parametrize("family", ["policy_gradient", "value_based"])
+def test_each_cell_of_a_sweep_is_a_command_that_parses(family, tmp_path):
+    """What W&B's agent makes of the file, without its server; the first cell is run."""
+    sweep = yaml.safe_load((ROOT / f"benchmark/sweeps/{family}.yaml").read_text())
+    choices = [x.get("values", [x.get("value")]) for x in sweep["parameters"].values()]
+    assert sweep["command"] == ["python", "${program}", "${args_no_boolean_flags}"]
+    name = sweep["program"].removesuffix(".py")
+    found = []
+    for values in itertools.product(*choices):
+        cell = dict(zip(sweep["parameters"], values))
+        words = {key: {"value": value} for key, value in cell.items()}
+        flags = create_sweep_command_args({"args": words})["args_no_boolean_flags"]
+        args = tyro.cli(BY_NAME[name].Args, args=flags)
+        assert {key: getattr(args, key) for key in cell} == cell
+        found.append(flags)
+    small = ["--wandb-mode=offline", "--total-timesteps=2000", "--eval-episodes=2"]
+    assert len(found) == 30 and run(name, *found[0], *small, cwd=tmp_path).returncode == 0
 
 
 def test_the_readme_is_short():
@@ -170,7 +184,7 @@ def test_the_readme_is_short():
 
 def test_each_figure_is_made_and_shown():
     names = {f"{name}.png" for name in re.findall(r"^def (\w+)\(\):", FIGURES, flags=re.M)}
-    assert names == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert names == {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
     assert names <= set(re.findall(r"\w+\.png", "".join(page.read_text() for page in DOCS)))
 
 

@@ -35,19 +35,19 @@ def test_each_command_of_the_settings_is_one_of_the_script(env_id, command):
 
 
 def test_the_names_of_cells_are_folders_of_their_own():
-    found = [cell for name in TASKS for cell in cells(TASKS, name, "", 2)]
-    assert len({x.name for x in found}) == len(found) == 2 * len(COMMANDS)
+    found = {cell for name in TASKS for cell in cells(TASKS, name, "", 2)}
+    assert len({x.name for x in found}) == len(found) > 60
     assert not any(set("/\\: '\"") & set(x.name) for x in found)
 
 
 def test_cells_take_all_commands_of_one_seed_first():
     assert cells(TWO, "small", "", 2) == [
-        ("a", "A-v0", "dqn.py", 5),
-        ("a", "A-v0", "naf.py", 5),
-        ("a", "A-v0", "dqn.py", 6),
-        ("a", "A-v0", "naf.py", 6),
+        ("A-v0", "dqn.py", 5),
+        ("A-v0", "naf.py", 5),
+        ("A-v0", "dqn.py", 6),
+        ("A-v0", "naf.py", 6),
     ]
-    assert cells(TWO, "b", "dqn", 1) == [("b", "B-v0", "dqn.py --dueling", 7)]
+    assert cells(TWO, "b", "dqn", 1) == [("B-v0", "dqn.py --dueling", 7)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_cell_is_run_kept_and_read_back(tmp_path):
     flags = "--total-timesteps 700 --num-envs 4 --eval-episodes 3"
     commands = [f"dqn.py --learning-starts 100 {flags}", f"reinforce.py {flags}"]
     for command in reversed(commands):
-        cell = Cell("some task", "CartPole-v1", command, 3)
+        cell = Cell("CartPole-v1", command, 3)
         rows, end = execute(cell, tmp_path / cell.name, "cpu", "1a2b3c")
         keep(tmp_path, rows, end)
         assert rows["step"].is_monotonic_increasing and end["steps"] >= 700
@@ -79,13 +79,13 @@ def test_a_cell_is_run_kept_and_read_back(tmp_path):
 
 
 def test_a_command_that_fails_is_its_last_line(tmp_path):
-    cell = Cell("t", "CartPol-v1", "dqn.py", 1)
+    cell = Cell("CartPol-v1", "dqn.py", 1)
     with pytest.raises(RuntimeError, match="CartPol.*doesn't exist.*; see .*stderr.txt"):
         execute(cell, tmp_path, "cpu", "")
 
 
 def test_a_curve_without_its_run_is_left_out_and_written_again(tmp_path):
-    label = {"task": "t", "env_id": "A-v0", "command": "dqn.py"}
+    label = {"env_id": "A-v0", "command": "dqn.py"}
     for seed in (1, 2):
         rows = pd.DataFrame([{"step": 1.0, "training_return": 5.0, **label, "seed": seed}])
         keep(tmp_path, rows, {**label, "seed": seed, "greedy_return": 1.0})

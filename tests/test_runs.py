@@ -35,7 +35,6 @@ from conftest import (
     VALUE_BASED,
     VALUE_MODULES,
     choices,
-    records,
     run,
     start,
 )
@@ -46,6 +45,7 @@ import cem_q
 import dqn
 import naf
 import reinforce
+from benchmark.logs import records
 
 ALL = SCRIPTS + VALUE_BASED
 

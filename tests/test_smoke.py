@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INERT, MODULES, ROOT, TINY, VALUE_MODULES, VALUE_TINY, options, records
+from conftest import INERT, MODULES, ROOT, TINY, VALUE_MODULES, VALUE_TINY, options
 
 import cem_q
 import ddpg_continuous
 import dqn
 import offpolicy_pg
 import reinforce
+from benchmark.logs import records
 
 SETTINGS = dict.fromkeys(MODULES, TINY)
 VALUE_SETTINGS = {**VALUE_TINY, "total_timesteps": 200, "learning_starts": 60}

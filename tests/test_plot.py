@@ -1,0 +1,128 @@
+"""benchmark/plot.py, and whether the pages of results are those of the committed measurements."""
+
+import re
+import tomllib
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from benchmark.plot import (
+    Args,
+    chosen,
+    figure,
+    file_name,
+    fill,
+    interval,
+    main,
+    measured,
+    sections,
+    table,
+)
+from benchmark.run import load
+
+TASKS = tomllib.loads((ROOT / "benchmark/settings.toml").read_text())
+PAGE = ROOT / "docs/results.md"
+CURVES, RUNS = load(ROOT / "benchmark/results")
+TASK = {"env_id": "A-v0", "first_seed": 5, "solved": 2, "commands": ["dqn.py", "naf.py --tau 1"]}
+TASK |= {"published": "9 (somebody)"}
+
+
+def few(*returns, first=5):
+    label = {"env_id": "A-v0", "command": "dqn.py", "training_return": 1.25}
+    rows = [
+        {**label, "seed": first + i, "greedy_return": x, "steps": 1500 + i, "seconds": 60.0 * i}
+        for i, x in enumerate(returns)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_an_interval_is_that_of_the_bootstrap():
+    values = np.random.default_rng(3).normal(5, 2, (400, 1))
+    mean, low, high = interval(np.hstack([values, values + 10]))
+    error = 1.96 * values.std() / 20  # of the mean of 400
+    assert mean[0] == pytest.approx(values.mean())
+    assert high[0] - mean[0] == pytest.approx(error, rel=0.1)
+    assert mean[0] - low[0] == pytest.approx(error, rel=0.1)
+    assert low[1] == pytest.approx(low[0] + 10)
+    assert interval(np.array([[7.0]])) == (7, 7, 7)
+
+
+def test_a_table_by_hand():
+    lines = table(few(1.0, 2.0, 3.0), TASK).split("\n")
+    greedy = r"2\.0 \[1\.\d, [23]\.\d\] \| 1\.0; 2 of 3 solved"
+    assert re.fullmatch(rf"\| `dqn.py` \| 5 to 7 \| {greedy} \| 1.2 \| 2k \| 60 \|", lines[2])
+    assert lines[3].startswith("| `naf.py --tau 1` | none yet |")
+    assert lines[-1] == "Published: 9 (somebody)."
+
+
+def test_a_table_has_the_seeds_of_its_task_alone_and_no_gap():
+    other = few(50.0, first=1)
+    assert table(pd.concat([few(1.0, 2.0), other]), TASK) == table(few(1.0, 2.0), TASK)
+    with pytest.raises(ValueError, match="a seed from 5 to 7 is missing"):
+        table(few(1.0, 2.0, 3.0).drop(1), TASK)
+
+
+def test_a_curve_is_the_mean_of_the_seeds():
+    rows = {"env_id": "A-v0", "command": "dqn.py"}
+    points = [(5, 0, 0.0), (5, 10, 10.0), (6, 0, 2.0), (6, 20, 22.0)]
+    curves = pd.DataFrame(
+        [{**rows, "seed": a, "step": b, "training_return": c} for a, b, c in points]
+    )
+    (line,) = figure(curves, "name", TASK).axes[0].get_lines()
+    x, y = line.get_data()
+    assert x[0] == 0 and x[-1] == 10  # as far as all seeds go
+    assert np.allclose(y, x + 1)
+
+
+def test_a_page_is_filled_between_its_marks():
+    page = "a\n<!-- results: one -->\n\nold\n\n<!-- end -->\nb"
+    new = fill(page, {"one": "new"})
+    assert new == page.replace("old", "new") and fill(new, {"one": "new"}) == new
+    for texts in ({"one": "", "two": ""}, {}):
+        with pytest.raises(ValueError, match="marks in one only"):
+            fill(page, texts)
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    page = PAGE.read_text()
+    assert fill(page, sections(RUNS, TASKS)) == page, "stale: run python -m benchmark.plot"
+
+
+def test_each_task_with_results_has_its_figure_on_the_page():
+    text = PAGE.read_text()
+    for name, task in TASKS.items():
+        path = f"figures/results/{file_name(name)}.png"
+        assert (PAGE.parent / path).exists() == measured(RUNS, task) == (f"({path})" in text), name
+
+
+def test_all_results_belong_to_a_command_of_the_settings():
+    known = {(x["env_id"], command) for x in TASKS.values() for command in x["commands"]}
+    assert set(RUNS[["env_id", "command"]].itertuples(index=False, name=None)) <= known
+    assert CURVES.groupby(["env_id", "command", "seed"]).ngroups == len(RUNS)
+
+
+def test_the_readme_has_the_results_of_the_defaults():
+    for script, count, worst in re.findall(
+        r"\| \[`(\w+\.py)`\].*\| (\d+) \((-?[\d.]+)\) \|", (ROOT / "README.md").read_text()
+    ):
+        (own,) = [
+            chosen(RUNS, x, script)
+            for x in TASKS.values()
+            if script in x["commands"] and x["size"] == "small"
+        ]
+        solved = 475 if own["env_id"].iloc[0] == "CartPole-v1" else -165
+        assert len(own) == 20 and (own["greedy_return"] >= solved).sum() == int(count), script
+        assert own["greedy_return"].min() == pytest.approx(float(worst), abs=0.06), script
+
+
+def test_your_own_results_are_printed(tmp_path, capsys):
+    settings = tmp_path / "settings.toml"
+    settings.write_text('[t]\nenv_id = "A-v0"\nfirst_seed = 5\ncommands = ["dqn.py"]\n')
+    rows = few(1.0, 2.0)
+    rows.to_csv(tmp_path / "runs.csv", index=False)
+    rows.assign(step=[0, 0]).to_parquet(tmp_path / "curves.parquet")
+    main(Args(results=tmp_path, settings=settings, page=""))
+    assert "| `dqn.py` | 5 to 6 |" in capsys.readouterr().out
+    assert (tmp_path / "figures/t.png").exists()
