@@ -14,12 +14,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, trim_mean
 
 from benchmark.run import ROOT, load
 
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1))]
+FAMILIES = [["reinforce.py", "pg_baseline.py", "offpolicy_pg.py"]]
+FAMILIES += [["ddpg_continuous.py", "naf.py", "cem_q.py"]]
 HEAD = """| command | seeds | greedy return [95 %] | worst | training return | env steps | seconds |
 |---|---|---|---|---|---|---|
 """
@@ -79,8 +81,38 @@ def table(runs: pd.DataFrame, task: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     text = HEAD + "\n".join(lines)
     if "published" in task:
-        text += f"\n\nPublished: {task['published']}."
+        text += f"\n\nPublished: {task['published']} ({task['source']})."
     return text
+
+
+def aggregate(runs: pd.DataFrame, tasks: dict[str, dict], scripts: list[str]) -> str:
+    """Interquartile mean over runs, on the tasks that all scripts have, of their first commands.
+
+    A score is 0 for random actions and 1 for the published figure. The interval is that of a
+    bootstrap of the seeds within each task (Agarwal et al., 2021).
+    """
+    found = {script: {} for script in scripts}
+    for name, task in tasks.items():
+        if "published" in task:
+            for script in scripts:
+                commands = [x for x in task["commands"] if x.split()[0] == script]
+                if commands and len(own := chosen(runs, task, commands[0])) > 1:
+                    score = (own["greedy_return"] - task["random"]).to_numpy()
+                    found[script][name] = score / (task["published"] - task["random"])
+    shared = [name for name in tasks if all(name in x for x in found.values())]
+    lines = []
+    for script, scores in found.items():
+        samples = [scores[name] for name in shared]
+        options = {"n_resamples": 2000, "method": "percentile", "rng": 0}
+        low, high = bootstrap(samples, iqm, **options).confidence_interval
+        lines.append(f"| `{script}` | {iqm(*samples):.3f} [{low:.3f}, {high:.3f}] |")
+    head = f"| on {', '.join(shared)} | score [95 %] |\n|---|---|\n"
+    return head + "\n".join(lines)
+
+
+def iqm(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean: of the middle half of all scores."""
+    return trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
 
 
 def section(runs: pd.DataFrame, name: str, task: dict) -> str:
@@ -103,6 +135,7 @@ def sections(runs: pd.DataFrame, tasks: dict[str, dict]) -> dict[str, str]:
     """What stands between the marks of the page."""
     hours = runs["seconds"].sum() / 3600
     texts = {"all": f"{len(runs)} runs, which took {hours:.1f} hours of one CPU core."}
+    texts["aggregate"] = "\n\n".join(aggregate(runs, tasks, x) for x in FAMILIES)
     return texts | {name: section(runs, name, task) for name, task in tasks.items()}
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from benchmark.plot import (
     Args,
+    aggregate,
     chosen,
     figure,
     file_name,
@@ -26,7 +27,7 @@ TASKS = tomllib.loads((ROOT / "benchmark/settings.toml").read_text())
 PAGE = ROOT / "docs/results.md"
 CURVES, RUNS = load(ROOT / "benchmark/results")
 TASK = {"env_id": "A-v0", "first_seed": 5, "solved": 2, "commands": ["dqn.py", "naf.py --tau 1"]}
-TASK |= {"published": "9 (somebody)"}
+TASK |= {"random": 1, "published": 9, "source": "somebody"}
 
 
 def few(*returns, first=5):
@@ -74,6 +75,20 @@ def test_a_curve_is_the_mean_of_the_seeds():
     x, y = line.get_data()
     assert x[0] == 0 and x[-1] == 10  # as far as all seeds go
     assert np.allclose(y, x + 1)
+
+
+def test_an_aggregate_by_hand():
+    """Of 8 scores from 0 to 1.75 the middle half has the mean 0.875; b is no task of naf.py."""
+    first = few(*np.arange(1.0, 17.0, 2.0))
+    tasks = {"a": TASK, "b": TASK | {"env_id": "B-v0", "commands": ["dqn.py"]}}
+    runs = pd.concat([first, first.assign(command="naf.py --tau 1"), first.assign(env_id="B-v0")])
+    lines = aggregate(runs, tasks, ["dqn.py", "naf.py"]).split("\n")
+    assert lines[0] == "| on a | score [95 %] |"
+    match = re.fullmatch(r"\| `naf.py` \| 0\.875 \[(0\.\d+), (1\.\d+)\] \|", lines[3])
+    assert float(match[1]) < 0.7 and float(match[2]) > 1.1 and lines[2][10:] == lines[3][10:]
+    two = runs.assign(greedy_return=runs["greedy_return"] + 8 * (runs["env_id"] == "B-v0"))
+    lines = aggregate(two, tasks, ["dqn.py"]).split("\n")
+    assert lines[0] == "| on a, b | score [95 %] |" and "| 1.375 [" in lines[2]
 
 
 def test_a_page_is_filled_between_its_marks():

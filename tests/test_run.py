@@ -102,7 +102,7 @@ def test_a_curve_without_its_run_is_left_out_and_written_again(tmp_path):
 def test_a_machine_that_dies_costs_no_run_and_none_is_run_twice(tmp_path, monkeypatch):
     """Two nodes of Ray, of one CPU each; one is killed in the middle of its run."""
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    command = "dqn.py --total-timesteps 60000 --eval-episodes 5"
+    command = "dqn.py --total-timesteps 40000 --eval-episodes 5"
     settings = tmp_path / "settings.toml"
     settings.write_text(
         f"""[t]\nsize = "s"\nenv_id = "CartPole-v1"\nfirst_seed = 1\ncommands = ["{command}"]\n"""
@@ -130,5 +130,5 @@ def test_a_machine_that_dies_costs_no_run_and_none_is_run_twice(tmp_path, monkey
     assert sorted(map(len, logs)) == [1, 1, 2]
     (resumed,) = [x[0].parents[1] for x in logs if len(x) == 2]
     rows = curve(resumed)
-    assert rows["step"].is_monotonic_increasing and rows["step"].diff().max() < 1000
+    assert rows["step"].is_monotonic_increasing and rows["step"].diff().max() < 2000
     assert curves.groupby("seed")["greedy_return"].count().tolist() == [1, 1, 1]
