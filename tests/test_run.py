@@ -1,6 +1,7 @@
 """benchmark/run.py: which cells there are, what it keeps of them, and what a dead machine costs."""
 
 import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 from ray.cluster_utils import Cluster
 from test_runs import wait_for
 
+import benchmark.logs
 from benchmark.logs import curve
 from benchmark.run import KEYS, Cell, cells, execute, keep, load
 
@@ -76,6 +78,28 @@ def test_a_cell_is_run_kept_and_read_back(tmp_path):
     expected = policy_gradient["training_return"].mean()
     assert runs.iloc[1]["training_return"] == pytest.approx(expected)
     assert runs["version"].str.startswith("1a2b3c, torch 2").all()
+
+
+def test_the_log_of_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, monkeypatch):
+    """The first log has three rows after the checkpoint; its seconds count up to there."""
+    logs = {
+        "offline-run-2": [(10, 1), (20, 2), (30, 3), (40, 4)],
+        "offline-run-1": [(20, 5), (30, 6)],
+    }
+
+    def records(directory):
+        rows = [{"_step": step, "_runtime": seconds} for step, seconds in logs[directory.name]]
+        rows[-1] |= {"eval/episodic_return": 7.0, "charts/episodic_return": 6.0}
+        return [{"type": "run"}, *({"type": "history", "history": {"item": x}} for x in rows)]
+
+    monkeypatch.setattr(benchmark.logs, "records", records)
+    for i, name in enumerate(logs):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+        os.utime(tmp_path / "wandb" / name, (i, i))
+    rows = curve(tmp_path)
+    assert rows["step"].tolist() == [10, 20, 30]
+    assert rows["seconds"].tolist() == [1, 6, 7]
+    assert rows["greedy_return"].dropna().tolist() == [7] == rows["greedy_return"].tolist()[-1:]
 
 
 def test_a_command_that_fails_is_its_last_line(tmp_path):
