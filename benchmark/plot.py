@@ -5,10 +5,10 @@ python -m benchmark.plot --results results --page ""   # your own: prints the ta
 """
 
 import re
-import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -66,17 +66,17 @@ def table(runs: pd.DataFrame, task: dict) -> str:
             lines.append(f"| {name} | none yet | | | | | |")
             continue
         greedy = own["greedy_return"].to_numpy()
-        mean, low, high = (x.item() for x in interval(greedy[:, None]))
+        mean, low, high = (number(x.item()) for x in interval(greedy[:, None]))
         first, last = own["seed"].min(), own["seed"].max()
-        if len(own) != last - first + 1:
-            raise ValueError(f"{command}: a seed from {first} to {last} is missing")
         seeds = f"{first} to {last}" if last > first else str(first)
+        if missing := last - first + 1 - len(own):
+            seeds += f", {missing} missing"
         worst = number(greedy.min())
         if threshold is not None:
             worst += f"; {(greedy >= threshold).sum()} of {len(own)} solved"
         steps = f"{round(own['steps'].median() / 1000):,}k"
         seconds = f"{own['seconds'].median():,.0f}"
-        cells = [name, seeds, f"{number(mean)} [{number(low)}, {number(high)}]", worst]
+        cells = [name, seeds, f"{mean} [{low}, {high}]" if last > first else mean, worst]
         cells += [number(own["training_return"].mean()), steps, seconds]
         lines.append(f"| {' | '.join(cells)} |")
     text = HEAD + "\n".join(lines)
@@ -155,15 +155,6 @@ def fill(page: str, texts: dict[str, str]) -> str:
     return page
 
 
-def label(command: str) -> str:
-    """The script, and the flags that choose its variant."""
-    script, *flags = shlex.split(command)
-    kinds = ("--baseline", "--estimator", "--maximizer")
-    words = [x for flag, x in zip(flags, flags[1:]) if flag in kinds]
-    words += [x for x in ("--double-q", "--dueling", "--prioritized-replay") if x in flags]
-    return " ".join([script, *words]).replace("--", "")
-
-
 def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
     """Training return against env steps, mean over seeds, with its 95 % bootstrap interval."""
     picture, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -177,7 +168,9 @@ def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
         steps = np.linspace(first, last, 60)
         scores = np.array([np.interp(steps, x["step"], x["training_return"]) for x in seeds])
         mean, low, high = interval(scores)
-        axes.plot(steps, mean, color=color, linestyle=style, label=label(command))
+        axes.plot(
+            steps, mean, color=color, linestyle=style, label=shorten(command, 60, placeholder=" …")
+        )
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="env steps", ylabel="training return", title=name)
     axes.legend(fontsize="small")

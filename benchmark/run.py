@@ -77,9 +77,8 @@ def cells(tasks: dict[str, dict], task: str, script: str, seeds: int) -> list[Ce
 
 
 def die_with_parent() -> None:
-    """Where a worker of Ray is killed, its script ends as well."""
-    if sys.platform == "linux":
-        CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """Where a worker of Ray is killed, its script stops as well."""
+    CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def execute(cell: Cell, folder: Path, device: str, commit: str) -> tuple[pd.DataFrame, dict]:
@@ -94,8 +93,10 @@ def execute(cell: Cell, folder: Path, device: str, commit: str) -> tuple[pd.Data
     if saved := sorted(folder.glob("runs/*/checkpoint.pt"), key=lambda x: x.stat().st_mtime):
         words += ["--resume", saved[-1]]
     with open(folder / "stderr.txt", "w") as errors:
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": errors, "cwd": folder}
-        code = subprocess.run(words, **pipes, preexec_fn=die_with_parent).returncode
+        options = {"stdout": subprocess.DEVNULL, "stderr": errors, "cwd": folder}
+        if sys.platform == "linux":
+            options["preexec_fn"] = die_with_parent
+        code = subprocess.run(words, **options).returncode
     if code != 0:
         last = (folder / "stderr.txt").read_text().strip().split("\n")[-1]
         raise RuntimeError(f"{last}; see {folder}/stderr.txt")

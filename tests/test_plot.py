@@ -58,11 +58,11 @@ def test_a_table_by_hand():
     assert lines[-1] == "Published: 9 (somebody)."
 
 
-def test_a_table_has_the_seeds_of_its_task_alone_and_no_gap():
+def test_a_table_has_the_seeds_of_its_task_alone_and_says_which_are_missing():
     other = few(50.0, first=1)
     assert table(pd.concat([few(1.0, 2.0), other]), TASK) == table(few(1.0, 2.0), TASK)
-    with pytest.raises(ValueError, match="a seed from 5 to 7 is missing"):
-        table(few(1.0, 2.0, 3.0).drop(1), TASK)
+    assert "| 5 to 7, 1 missing | 2.0 [" in table(few(1.0, 2.0, 3.0).drop(1), TASK)
+    assert "| 5 | 4.0 | 4.0; 1 of 1 solved |" in table(few(4.0), TASK)
 
 
 def test_a_curve_is_the_mean_of_the_seeds():
