@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from PIL import Image
 from scipy.stats import bootstrap, trim_mean
 
 from benchmark.run import ROOT, load
@@ -157,7 +158,7 @@ def fill(page: str, texts: dict[str, str]) -> str:
 
 def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
     """Training return against env steps, mean over seeds, with its 95 % bootstrap interval."""
-    picture, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    picture, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for command, color, style in zip(task["commands"], COLORS, STYLES):
         own = chosen(curves, task, command).dropna(subset="training_return")
         seeds = [run.sort_values("step") for _, run in own.groupby("seed")]
@@ -173,8 +174,17 @@ def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
         )
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="env steps", ylabel="training return", title=name)
-    axes.legend(fontsize="small")
+    picture.legend(loc="outside lower center", ncols=2, fontsize="small")
     return picture
+
+
+def save(picture: plt.Figure, path: Path) -> None:
+    """As a PNG of 128 colours, a third of the size."""
+    picture.set_dpi(130)
+    picture.canvas.draw()
+    pixels = Image.fromarray(np.asarray(picture.canvas.buffer_rgba())).convert("RGB")
+    pixels.quantize(128).save(path, optimize=True)
+    plt.close(picture)
 
 
 def main(args: Args) -> None:
@@ -190,9 +200,7 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in tasks.items():
         if measured(runs, task):
-            picture = figure(curves, name, task)
-            picture.savefig(folder / f"{file_name(name)}.png", dpi=130)
-            plt.close(picture)
+            save(figure(curves, name, task), folder / f"{file_name(name)}.png")
 
 
 if __name__ == "__main__":
