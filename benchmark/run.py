@@ -135,8 +135,10 @@ def main(args: Args) -> None:
     _, runs = load(out)
     done = set(runs[KEYS].itertuples(index=False, name=None))
     left = [cell for cell in wanted if cell not in done]
-    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", ROOT]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    commit = head.stdout.strip() + ("-dirty" if changed else "")
     failed = 0
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else the seconds depend on what else runs

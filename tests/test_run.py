@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 
 import pandas as pd
@@ -120,6 +121,21 @@ def test_a_curve_without_its_run_is_left_out_and_written_again(tmp_path):
     keep(tmp_path, rows, {**label, "seed": 2, "greedy_return": 1.0})
     curves, runs = load(tmp_path)
     assert list(curves["seed"]) == list(runs["seed"]) == [1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_a_script_stops_with_its_worker(tmp_path):
+    """Else it would go on beside its own retry."""
+    cell = Cell("CartPole-v1", "dqn.py --total-timesteps 400000", 1)
+    code = f"from benchmark.run import *; execute({cell}, Path({str(tmp_path)!r}), 'cpu', '')"
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), worker)
+    worker.kill()
+    worker.wait()
+    end = time.monotonic() + 20
+    while not (tmp_path / "stderr.txt").read_text().endswith("KeyboardInterrupt\n"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
