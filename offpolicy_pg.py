@@ -20,6 +20,7 @@
 
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
 of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
+Both networks see (s - mean) / std, by a Normalizer.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -89,12 +90,33 @@ class Args:
             raise ValueError(f"--estimator {self.estimator} is not one of offpolicy_pg.py")
 
 
+class Normalizer(nn.Module):
+    """(s - mean) / std over the batches so far; a module, so that checkpoints hold both."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))  # batches: each weighs as much as any other
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("var", torch.ones(obs_dim))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return (obs - self.mean) / self.var.sqrt().clamp(min=1e-3)
+
+    def update(self, obs: Tensor) -> None:
+        """Takes in a batch, (B, obs_dim)."""
+        self.count += 1
+        share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
+        self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
+        self.mean += share * shift
+
+
 class Policy(nn.Module):
     """π_φ(a|s): Categorical, or a Gaussian whose standard deviation does not depend on s."""
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(obs_dim, 32), nn.Tanh(), nn.Linear(32, action_dim))
+        hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
+        self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
@@ -109,7 +131,7 @@ class ValueNetwork(nn.Sequential):
 
     def __init__(self, obs_dim: int):
         hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-        super().__init__(*hidden, nn.Linear(64, 1))
+        super().__init__(Normalizer(obs_dim), *hidden, nn.Linear(64, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward(obs).squeeze(-1)
@@ -253,8 +275,10 @@ def train(args: Args) -> Tensor:
         log_ratio = (distribution.log_prob(actions) - behavior_log_probs).detach()
         log_w = log_weights(log_ratio, mask, args.estimator)[live]
 
-        # 4. fit V for the next batch
+        # 4. take in the states, and fit V for the next batch
         obs, returns = obs[live], reward_to_go(rewards, args.gamma)[live]
+        policy.network[0].update(obs)
+        value_network[0].update(obs)
         fit.param_groups[0]["lr"] = args.value_learning_rate
         for rows in torch.randperm(len(obs), device=args.device).split(128):
             value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()

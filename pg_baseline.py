@@ -19,6 +19,7 @@
 
 Unbiased, as no b_it depends on a_it: (5) and (7) leave episode i out, (6) is fitted after its use.
 At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; G adds the cross terms in z·g.
+Both networks see (s - mean) / std, by a Normalizer.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
     diff pg_baseline.py offpolicy_pg.py     # next: several steps on one batch
@@ -54,7 +55,7 @@ class Args:
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
     vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 250_000  # env steps; the last batch is completed
+    total_timesteps: int = 100_000  # env steps; the last batch is completed
     num_envs: int = 64  # N, the envs stepped at once; a batch holds one episode of each
     # where the networks and the data are; cuda if there is one
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +66,6 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6), (7)
-    normalize_advantages: bool = False  # divide Ψ by its deviation over the batch; biased
     value_learning_rate: float = 1e-2  # step size of the fit of V
     learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
@@ -86,12 +86,33 @@ class Args:
             raise ValueError(f"--device {self.device} is not available here")
 
 
+class Normalizer(nn.Module):
+    """(s - mean) / std over the batches so far; a module, so that checkpoints hold both."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))  # batches: each weighs as much as any other
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("var", torch.ones(obs_dim))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return (obs - self.mean) / self.var.sqrt().clamp(min=1e-3)
+
+    def update(self, obs: Tensor) -> None:
+        """Takes in a batch, (B, obs_dim)."""
+        self.count += 1
+        share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
+        self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
+        self.mean += share * shift
+
+
 class Policy(nn.Module):
     """π_φ(a|s): Categorical, or a Gaussian whose standard deviation does not depend on s."""
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(obs_dim, 32), nn.Tanh(), nn.Linear(32, action_dim))
+        hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
+        self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
@@ -106,7 +127,7 @@ class ValueNetwork(nn.Sequential):
 
     def __init__(self, obs_dim: int):
         hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-        super().__init__(*hidden, nn.Linear(64, 1))
+        super().__init__(Normalizer(obs_dim), *hidden, nn.Linear(64, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward(obs).squeeze(-1)
@@ -242,10 +263,6 @@ def train(args: Args) -> Tensor:
         psis = {name: mask * (returns - baseline) for name, baseline in baselines.items()}  # (3)
         variances = gradient_variances(policy, obs, actions, psis)
         psi = psis[args.baseline]
-        if args.normalize_advantages:
-            deviation = psi[live].std(correction=0)
-            rounding = 1e-6 * returns.abs().max()
-            psi = torch.where(deviation > rounding, psi / deviation, 0.0)
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
@@ -254,8 +271,10 @@ def train(args: Args) -> Tensor:
         loss.backward()
         optimizer.step()  # (8)
 
-        # 4. fit V for the next batch
+        # 4. take in the states, and fit V for the next batch
         obs, returns = obs[live], returns[live]
+        policy.network[0].update(obs)
+        value_network[0].update(obs)
         fit.param_groups[0]["lr"] = args.value_learning_rate
         for rows in torch.randperm(len(obs), device=args.device).split(128):
             value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()

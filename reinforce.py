@@ -16,7 +16,8 @@
 (2) averages over episodes, as the slides do; an average over steps would rescale it at random.
 The slides do not discount, so gamma is 1; below 1, (4) leaves out the γ^t of the exact gradient, as
 is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the returns grow from batch to
-batch. Its α decreases, because without a baseline the gradient stays noisy to the end.
+batch. Its α decreases, because without a baseline the gradient stays noisy to the end. A Normalizer
+lets the policy see (s - mean) / std, else a state's small entries are slow to matter.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
@@ -51,7 +52,7 @@ class Args:
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
     vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 350_000  # env steps; the last batch is completed
+    total_timesteps: int = 100_000  # env steps; the last batch is completed
     num_envs: int = 64  # N, the envs stepped at once; a batch holds one episode of each
     # where the networks and the data are; cuda if there is one
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,12 +82,33 @@ class Args:
             raise ValueError(f"--device {self.device} is not available here")
 
 
+class Normalizer(nn.Module):
+    """(s - mean) / std over the batches so far; a module, so that checkpoints hold both."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))  # batches: each weighs as much as any other
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("var", torch.ones(obs_dim))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return (obs - self.mean) / self.var.sqrt().clamp(min=1e-3)
+
+    def update(self, obs: Tensor) -> None:
+        """Takes in a batch, (B, obs_dim)."""
+        self.count += 1
+        share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
+        self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
+        self.mean += share * shift
+
+
 class Policy(nn.Module):
     """π_φ(a|s): Categorical, or a Gaussian whose standard deviation does not depend on s."""
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(obs_dim, 32), nn.Tanh(), nn.Linear(32, action_dim))
+        hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
+        self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
@@ -195,6 +217,7 @@ def train(args: Args) -> Tensor:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # (5)
+        policy.network[0].update(obs[mask.bool()])
 
         steps = int(mask.sum())
         global_step += steps

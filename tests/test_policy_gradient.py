@@ -186,6 +186,29 @@ def test_a_policy_of_nan_is_left_to_train_to_report(script, discrete):
     assert distribution.log_prob(actions).isnan().all()
 
 
+def test_the_normalizer_knows_the_mean_and_variance_of_batches_of_equal_weight(script):
+    torch.manual_seed(0)
+    normalizer, seen = script.Normalizer(3).double(), []
+    obs = 100 + 5 * torch.randn(4, 7, 3).double()
+    assert torch.equal(normalizer(obs), obs)  # until it has seen something
+    for size in (1, 40, 3):
+        seen.append(torch.randn(size, 3).double() * torch.tensor([1, 1e-2, 50]) + size)
+        normalizer.update(seen[-1])
+        mean = torch.stack([x.mean(dim=0) for x in seen]).mean(dim=0)
+        square = torch.stack([x.square().mean(dim=0) for x in seen]).mean(dim=0)
+        close(normalizer.mean, mean)
+        close(normalizer.var, square - mean.square(), atol=1e-6)
+    close(normalizer(obs), (obs - mean) / normalizer.var.sqrt())
+    assert normalizer.count == 3
+
+
+def test_an_observation_that_does_not_vary_is_0(script):
+    normalizer = script.Normalizer(2)
+    for _ in range(100):
+        normalizer.update(torch.stack([torch.full((9,), 123.456), torch.arange(9.0)], dim=1))
+    close(normalizer(torch.tensor([123.456, 4.0])), [0, 0], atol=0.05)
+
+
 def test_equation_4_reward_to_go(script):
     undiscounted = torch.tensor([[6.0, 5.0, 3.0], [9.0, 5.0, 0.0]])
     assert torch.equal(script.reward_to_go(REWARDS, 1.0), undiscounted)
@@ -253,6 +276,20 @@ def test_the_value_network_is_fitted_on_each_step_once_and_never_on_padding(
     fitted = torch.cat(fitted)
     assert len(fitted) == len(steps)
     assert torch.equal(fitted.unique(dim=0), steps.unique(dim=0))
+
+
+def test_the_networks_take_in_each_batch_once_after_its_update_and_no_padding(script, spy, record):
+    updates = spy(script.Normalizer, "update")
+    calls = record(script, env_id="Counting-v0")
+    batches = [next(group) for _, group in groupby(calls, key=lambda call: id(call["batch"]))]
+    networks = 1 if script is reinforce else 2
+    assert len(updates) == networks * len(batches)
+    for i, call in enumerate(batches):
+        assert call["Policy"].network[0].count == i
+        for normalizer, obs in (x.args for x in updates[networks * i : networks * (i + 1)]):
+            assert torch.equal(obs, call["batch"].obs[call["mask"].bool()])
+            assert normalizer.count == len(batches)
+        assert len({id(x.args[0]) for x in updates}) == networks
 
 
 def test_the_step_size_decreases_with_the_env_steps(script, learning_rates, logged):

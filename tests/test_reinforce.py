@@ -226,7 +226,7 @@ def test_reinforce(record, estimator):
 def test_reinforce_finds_the_stochastic_policy_of_the_corridor():
     """p* = 2 - √2 = 0.586, J* = -11.66."""
     settings = {"env_id": "envs:Corridor-v0", "num_envs": 32, "total_timesteps": 100_000}
-    settings |= {"learning_rate": 0.01, "decay_steps": 20_000, "wandb_mode": "disabled"}
+    settings |= {"learning_rate": 0.02, "decay_steps": 20_000, "wandb_mode": "disabled"}
     reinforce.train(reinforce.Args(**settings, eval_episodes=1))
     (path,) = Path("runs").glob("*/checkpoint.pt")
     policy = reinforce.Policy(1, 2, discrete=True)
