@@ -46,7 +46,8 @@ def trained(module, **settings):
         assert all(value.isfinite().all() for value in checkpoint[name].values())
         if not settings.get("tabular"):  # whose SGD keeps no state
             state = checkpoint[ADAM.get(name, "optimizer")]["state"]
-            assert len(state) == len(checkpoint[name])
+            learned = [x for x in checkpoint[name] if not x.endswith(("count", "mean", "var"))]
+            assert len(state) == len(learned)
             assert len({int(each["step"]) for each in state.values()}) == 1  # all in each update
             assert all(each["exp_avg"].ne(0).any() for each in state.values())  # by a gradient
     if module in VALUE_MODULES:
