@@ -20,7 +20,7 @@
 
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
 of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
-Both networks see (s - mean) / std, by a Normalizer.
+Both networks see (s - mean) / std, through a Normalizer.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """

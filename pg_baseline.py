@@ -19,7 +19,7 @@
 
 Unbiased, as no b_it depends on a_it: (5) and (7) leave episode i out, (6) is fitted after its use.
 At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; G adds the cross terms in z·g.
-Both networks see (s - mean) / std, by a Normalizer.
+Both networks see (s - mean) / std, through a Normalizer.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
     diff pg_baseline.py offpolicy_pg.py     # next: several steps on one batch

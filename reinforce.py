@@ -17,7 +17,7 @@
 The slides do not discount, so gamma is 1; below 1, (4) leaves out the γ^t of the exact gradient, as
 is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the returns grow from batch to
 batch. Its α decreases, because without a baseline the gradient stays noisy to the end. A Normalizer
-lets the policy see (s - mean) / std, else a state's small entries are slow to matter.
+lets the policy see (s - mean) / std, so that small entries of a state count as well.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
