@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 from scipy.stats import bootstrap, trim_mean
 
@@ -170,11 +171,13 @@ def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
         scores = np.array([np.interp(steps, x["step"], x["training_return"]) for x in seeds])
         mean, low, high = interval(scores)
         axes.plot(
-            steps, mean, color=color, linestyle=style, label=shorten(command, 60, placeholder=" …")
+            steps, mean, color=color, linestyle=style, label=shorten(command, 90, placeholder=" …")
         )
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="env steps", ylabel="training return", title=name)
-    picture.legend(loc="outside lower center", ncols=2, fontsize="small")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    columns = 2 if max(map(len, task["commands"])) < 50 else 1
+    picture.legend(loc="outside lower center", ncols=columns, fontsize="small")
     return picture
 
 
