@@ -34,7 +34,7 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -86,6 +86,8 @@ class Args:
             raise ValueError("--env-kwargs must be a JSON object")
         if not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here")
+        if self.estimator not in get_args(Args.__annotations__["estimator"]):
+            raise ValueError(f"--estimator {self.estimator} is not one of offpolicy_pg.py")
 
 
 class Normalizer(nn.Module):
@@ -379,8 +381,6 @@ def defaults(resume: str = "") -> Args:
         return Args()
     try:
         saved = torch.load(resume, map_location="cpu", weights_only=True)["args"]
-        if saved.keys() != vars(Args()).keys():
-            raise ValueError(resume)
         return Args(**saved | {"device": Args.device})
     except Exception:
         raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None

@@ -66,6 +66,7 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     baseline: Literal["none", "average", "value", "optimal"] = "value"  # b: 0, (5), (6), (7)
+    normalize_advantages: bool = False  # divide Ψ by its deviation over the batch; biased
     value_learning_rate: float = 1e-2  # step size of the fit of V
     learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
@@ -263,6 +264,10 @@ def train(args: Args) -> Tensor:
         psis = {name: mask * (returns - baseline) for name, baseline in baselines.items()}  # (3)
         variances = gradient_variances(policy, obs, actions, psis)
         psi = psis[args.baseline]
+        if args.normalize_advantages:
+            deviation = psi[live].std(correction=0)
+            rounding = 1e-6 * returns.abs().max()
+            psi = torch.where(deviation > rounding, psi / deviation, 0.0)
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
         # 3. φ ← φ + α ∇J(φ), and go to 1
@@ -375,8 +380,6 @@ def defaults(resume: str = "") -> Args:
         return Args()
     try:
         saved = torch.load(resume, map_location="cpu", weights_only=True)["args"]
-        if saved.keys() != vars(Args()).keys():
-            raise ValueError(resume)
         return Args(**saved | {"device": Args.device})
     except Exception:
         raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None

@@ -298,8 +298,10 @@ def test_the_policy_gradient_of_a_linear_gaussian_policy(k, J, dk):
 
 
 @pytest.mark.parametrize("baseline", ["none", "average", "value", "optimal"])
-def test_pg_baseline(record, baseline):
-    for call in record(pg_baseline, baseline=baseline, gamma=0.9):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pg_baseline(record, baseline, normalize):
+    calls = record(pg_baseline, baseline=baseline, normalize_advantages=normalize, gamma=0.9)
+    for call in calls:
         check_log_probs_and_mask(call)
         batch, mask, live = call["batch"], call["mask"], call["mask"].bool()
         returns = pg_baseline.reward_to_go(batch.rewards, 0.9)
@@ -315,7 +317,34 @@ def test_pg_baseline(record, baseline):
                 for psi in (mask, mask * returns)
             ]
             b = pg_baseline.optimal_baseline(*rows)
-        torch.testing.assert_close(call["psi"][live], (returns - b)[live])
+        expected = returns - b
+        if normalize:
+            expected = expected / expected[live].std(correction=0)
+        torch.testing.assert_close(call["psi"][live], expected[live])
+
+
+def test_equal_episodes_leave_nothing_to_normalize(record):
+    """Acrobot's first episodes all end at the time limit: Ψ is 0 everywhere, and so is its std."""
+    settings = {"baseline": "average", "normalize_advantages": True, "env_id": "Acrobot-v1"}
+    for call in record(pg_baseline, total_timesteps=5000, **settings):
+        assert call["psi"].isfinite().all()
+
+
+@pytest.mark.parametrize("reward", [0.1, -1 / 3, 1e6 / 7, 1e-6, 0])
+@pytest.mark.parametrize(("kind", "baseline"), [("Endless", "average"), ("OneStep", "none")])
+def test_rounding_is_not_made_large(record, kind, baseline, reward):
+    """All episodes are alike, of 30 steps or of one: what is left of Ψ is rounding, if anything."""
+    settings = {"env_id": f"{kind}-v0", "env_kwargs": f'{{"reward": {reward}}}', "num_envs": 7}
+    settings |= {"total_timesteps": 600 if kind == "Endless" else 20}
+    for call in record(pg_baseline, baseline=baseline, normalize_advantages=True, **settings):
+        assert call["psi"].eq(0).all()
+
+
+def test_small_differences_of_large_returns_are_not_rounding(record):
+    """Rewards from 20,000 to 20,002, five an episode."""
+    settings = {"env_id": "Dice-v0", "env_kwargs": '{"reward": 20000}', "total_timesteps": 70}
+    for call in record(pg_baseline, baseline="average", normalize_advantages=True, **settings):
+        assert call["psi"].std(correction=0).item() == pytest.approx(1, rel=1e-3)
 
 
 def test_the_logged_variance_is_that_of_one_episodes_gradient(record, logged):
