@@ -12,13 +12,13 @@ import difflib
 import re
 import shutil
 import struct
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
@@ -523,7 +523,10 @@ TEMPLATES.globals |= {"NAMES": NAMES, "DIFFS": DIFFS, "see": see, "render_line":
 TEMPLATES.globals |= {"figures": figures, "errata": errata}
 
 
-if __name__ == "__main__":
-    folder = Path(*sys.argv[1:2]) if sys.argv[1:] else DOCS / "_site"
+def main(folder: tyro.conf.Positional[Path] = DOCS / "_site") -> None:
     build(folder)
     print(f"open {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

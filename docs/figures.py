@@ -1,7 +1,7 @@
 """The figures of the docs, from the scripts' own functions.
 
 python -m docs.figures                 # all of them, to docs/figures; ten minutes on two cores
-python -m docs.figures variance naf    # or some
+python -m docs.figures variance ess    # or some
 """
 
 import csv
@@ -17,11 +17,13 @@ from operator import itemgetter
 from os import chdir
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import tyro
 import wandb
 from gymnasium.spaces import Discrete
 from gymnasium.wrappers import TransformAction
@@ -393,6 +395,8 @@ def race():
 FIGURES = [variance, ess, bias, maximizers, quadratic, replay, samples, race]
 
 if __name__ == "__main__":
+    names = Literal[tuple(draw.__name__ for draw in FIGURES)]
+    chosen = tyro.cli(tyro.conf.Positional[tuple[names, ...]], default=(), description=__doc__)
     plt.rcParams.update(
         {
             "font.size": 10,
@@ -403,6 +407,6 @@ if __name__ == "__main__":
     )
     plt.rcParams.update({"legend.frameon": False, "figure.constrained_layout.use": True})
     for draw in FIGURES:
-        if not sys.argv[1:] or draw.__name__ in sys.argv[1:]:
+        if not chosen or draw.__name__ in chosen:
             draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=150)
             print(FOLDER / f"{draw.__name__}.png")

@@ -21,8 +21,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from difflib import unified_diff
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import tyro
 from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
@@ -86,7 +88,7 @@ def survives(mutant):
             return mutant, False
 
 
-def main(scripts):
+def main(scripts: tyro.conf.Positional[tuple[Literal[tuple(SUITES)], ...]] = ()):
     for name in ("torch", "gymnasium", "wandb", "tyro", "scipy.linalg", "cma"):
         importlib.import_module(name)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -105,4 +107,4 @@ def main(scripts):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tyro.cli(main, description=__doc__)

@@ -2,8 +2,11 @@
 
 import ast
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from itertools import takewhile
 
 import pytest
@@ -193,3 +196,13 @@ def test_the_figures_get_what_the_runs_log():
     first, second = figures.curves({"a label": ("reinforce", settings)}, [1, 2])["a label"]
     assert first != second and first[-1]["global_step"] >= 400
     assert all(row["charts/episodic_return"] >= 1 for row in first + second)
+
+
+@pytest.mark.parametrize("tool", ["-m docs.beside", "-m docs.figures", "-m tests.mutation"])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--oops", 2)])
+def test_a_flag_is_not_taken_for_a_folder_or_a_name(tool, flag, code, tmp_path):
+    words = [sys.executable, *tool.split(), flag]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and "--help" in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
