@@ -12,7 +12,7 @@
     Ψ_t = Π_u ρ_u G_t                    "causal"                     (5)  importance_weighted_psi
     Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"               (6)  importance_weighted_psi
     Ψ_t = ρ_t G_t                        "per_step", the last slide's (7)  importance_weighted_psi
-    Ψ_t ← Ψ_t - w_t V(s_t),  w_t: Π_u ρ_u, Π_{u≤t} ρ_u in (6), ρ_t in (7)  (8)  log_weights
+    Ψ_t ← Ψ_t - w_t b_t,  w_t: Π_u ρ_u, Π_{u≤t} ρ_u in (6), ρ_t in (7)  (8)  log_weights
     E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ,  or no further step    (9)  train
     ESS = (Σ w)² / Σ w²,  over all steps                             (10)  effective_sample_size
 
@@ -20,7 +20,8 @@
 
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
 of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
-Both networks see (s - mean) / std, through a Normalizer.
+In (8), b_t is V(s_t), or the mean of G_jt over the other episodes. Both networks see
+(s - mean) / std, through a Normalizer.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -67,7 +68,7 @@ class Args:
     estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # Ψ
     num_updates: int = 8  # gradient steps on one batch, at most
     target_kl: float = 0.02  # δ, the KL that ends the steps on a batch
-    baseline: Literal["none", "value"] = "value"  # subtract w V(s), (8)
+    baseline: Literal["none", "average", "value"] = "value"  # b in (8)
     value_learning_rate: float = 1e-2  # step size of the fit of V
     learning_rate: float = 5e-3  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 10_000  # env steps after which α has halved
@@ -117,6 +118,8 @@ class Policy(nn.Module):
         super().__init__()
         hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
         self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
+        for parameter in self.network[-1].parameters():
+            nn.init.zeros_(parameter)  # at first π ignores s; uniform if discrete
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
@@ -185,6 +188,12 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
+def average_baseline(returns: Tensor, mask: Tensor) -> Tensor:
+    """(8) Mean of G_jt over the other episodes, whose G is 0 after their end, (N, T)."""
+    others = 1 - torch.eye(len(mask), dtype=mask.dtype, device=mask.device)
+    return others @ (mask * returns) / max(len(mask) - 1, 1)
+
+
 def log_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
     """(8) log w_t = Σ_u log ρ_u, (N, T): over the episode, up to t in (6), of t alone in (7)."""
     log_ratio = mask * log_ratio
@@ -220,7 +229,8 @@ def train(args: Args) -> Tensor:
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
-    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
+    # eps: where the gradient is mere noise, Adam would still take a full step
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), eps=1e-3, fused=True)
     value_network = ValueNetwork(obs_dim).to(args.device)
     fit = torch.optim.Adam(value_network.parameters(), fused=True)
     parts = {"policy": policy, "optimizer": optimizer, "value_network": value_network, "fit": fit}
@@ -250,7 +260,12 @@ def train(args: Args) -> Tensor:
         start = time.perf_counter()
         obs, actions, rewards, mask, behavior_log_probs = rollout(envs, policy)  # (1)
         live = mask.bool()
-        values = value_network(obs).detach()
+        returns = reward_to_go(rewards, args.gamma)  # (4)
+        baselines = {
+            "none": torch.zeros_like(returns),
+            "average": average_baseline(returns, mask),
+            "value": value_network(obs).detach(),
+        }
         distribution = behavior = policy(obs)
         optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         for _ in range(args.num_updates):
@@ -259,7 +274,7 @@ def train(args: Args) -> Tensor:
             log_ratio = (log_probs - behavior_log_probs).detach()
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
             weights = log_weights(log_ratio, mask, args.estimator).exp().nan_to_num()
-            psi = {"none": psi, "value": psi - weights * values}[args.baseline]  # (8)
+            psi = psi - weights * baselines[args.baseline]  # (8)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
@@ -276,7 +291,7 @@ def train(args: Args) -> Tensor:
         log_w = log_weights(log_ratio, mask, args.estimator)[live]
 
         # 4. take in the states, and fit V for the next batch
-        obs, returns = obs[live], reward_to_go(rewards, args.gamma)[live]
+        obs, returns = obs[live], returns[live]
         policy.network[0].update(obs)
         value_network[0].update(obs)
         fit.param_groups[0]["lr"] = args.value_learning_rate

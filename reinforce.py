@@ -109,6 +109,8 @@ class Policy(nn.Module):
         super().__init__()
         hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
         self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
+        for parameter in self.network[-1].parameters():
+            nn.init.zeros_(parameter)  # at first π ignores s; uniform if discrete
         self.log_std = None if discrete else nn.Parameter(torch.full((action_dim,), -0.5))
 
     def forward(self, obs: Tensor) -> Distribution:
@@ -179,7 +181,8 @@ def train(args: Args) -> Tensor:
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
-    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
+    # eps: where the gradient is mere noise, Adam would still take a full step
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), eps=1e-3, fused=True)
     parts = {"policy": policy, "optimizer": optimizer}  # what a checkpoint holds
     global_step = 0
     if args.resume:

@@ -130,11 +130,17 @@ def mdp():
     return small_mdp()
 
 
+def varied(policy):
+    """`policy` with random numbers in its last layer, which is 0 at first."""
+    policy.network[-1].reset_parameters()
+    return policy
+
+
 @pytest.fixture
 def policy():
     """One for the states and actions of `mdp`."""
     torch.manual_seed(0)
-    return pg_baseline.Policy(2, 2, discrete=True).double()
+    return varied(pg_baseline.Policy(2, 2, discrete=True)).double()
 
 
 @pytest.fixture(params=[scalar_lqr, planar_lqr], ids=["one action", "two actions"])

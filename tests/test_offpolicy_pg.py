@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import TINY, check_log_probs_and_mask
+from conftest import TINY, check_log_probs_and_mask, varied
 from problems import (
     MASK,
     MDP,
@@ -33,7 +33,7 @@ LOG_RATIO = torch.tensor([[2.0, 0.5, 3.0], [4.0, 0.25, 7.0]]).log()  # the 7 is 
 
 def test_behavior_log_probs_are_those_of_acting():
     torch.manual_seed(0)
-    policy = offpolicy_pg.Policy(2, 2, discrete=True)
+    policy = varied(offpolicy_pg.Policy(2, 2, discrete=True))
     batch = offpolicy_pg.rollout(offpolicy_pg.make_envs("envs:Counting-v0", 8), policy)
     expected = policy(batch.obs).log_prob(batch.actions)
     live = batch.mask.bool()
@@ -86,7 +86,7 @@ def test_every_estimator_is_its_on_policy_counterpart_at_ratio_1():
 def test_the_weights_are_constants_whose_gradient_is_in_the_score():
     """∇ ρ = ρ ∇ log π: the gradient of (2) with per_step is that of the surrogate Σ ρ G."""
     torch.manual_seed(0)
-    policy = offpolicy_pg.Policy(3, 2, discrete=True)
+    policy = varied(offpolicy_pg.Policy(3, 2, discrete=True))
     obs, actions, behavior = torch.randn(2, 3, 3), torch.randint(2, (2, 3)), torch.rand(2, 3).log()
     log_probs = policy(obs).log_prob(actions)
     log_ratio = log_probs - behavior
@@ -275,7 +275,7 @@ def test_equation_10_of_a_shifted_gaussian(T, fraction):
 # What `train` does
 
 
-@pytest.mark.parametrize("baseline", ["none", "value"])
+@pytest.mark.parametrize("baseline", ["none", "average", "value"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_offpolicy_pg(record, estimator, baseline):
     settings = {"estimator": estimator, "baseline": baseline, "gamma": 0.9, "num_updates": 4}
@@ -287,9 +287,13 @@ def test_offpolicy_pg(record, estimator, baseline):
         log_ratio = call["log_probs"] - batch.log_probs
         arguments = log_ratio, batch.rewards, batch.mask, 0.9, estimator
         expected = offpolicy_pg.importance_weighted_psi(*arguments)
-        if baseline == "value":
-            weights = offpolicy_pg.log_weights(log_ratio, batch.mask, estimator).exp()
-            expected = expected - weights * call["ValueNetwork"](batch.obs).detach()
+        if baseline == "average":
+            returns = offpolicy_pg.reward_to_go(batch.rewards, 0.9)
+            b = offpolicy_pg.average_baseline(returns, batch.mask)
+        else:
+            b = call["ValueNetwork"](batch.obs).detach() if baseline == "value" else 0
+        weights = offpolicy_pg.log_weights(log_ratio, batch.mask, estimator).exp()
+        expected = expected - weights * b
         torch.testing.assert_close(call["psi"][live], expected[live])
         first = next(other for other in calls if other["batch"] is batch)
         new, old = call["Policy"](batch.obs), first["Policy"](batch.obs)

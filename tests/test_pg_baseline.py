@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import check_log_probs_and_mask
+from conftest import check_log_probs_and_mask, varied
 from problems import (
     LinearGaussian,
     Tabular,
@@ -108,7 +108,7 @@ def test_equation_7_is_the_slides_formula_for_the_full_return():
 @pytest.mark.parametrize("discrete", [True, False])
 def test_trajectory_gradients_are_the_gradients_of_single_episodes(discrete):
     torch.manual_seed(0)
-    policy = pg_baseline.Policy(3, 2, discrete)
+    policy = varied(pg_baseline.Policy(3, 2, discrete))
     obs, psi = torch.randn(4, 6, 3), torch.randn(4, 6)
     actions = policy(obs).sample()
     mask = torch.ones(4, 6)
@@ -128,7 +128,7 @@ def test_trajectory_gradients_are_the_gradients_of_single_episodes(discrete):
 def test_gradient_variances_are_those_of_the_gradients_of_single_episodes(discrete):
     """Summed over the parameters, for each Ψ by its name."""
     torch.manual_seed(0)
-    policy = pg_baseline.Policy(3, 2, discrete)
+    policy = varied(pg_baseline.Policy(3, 2, discrete))
     obs, mask = torch.randn(5, 6, 3), torch.ones(5, 6)
     actions = policy(obs).sample()
     mask[1, 3:] = 0

@@ -5,7 +5,7 @@ from itertools import groupby
 import gymnasium as gym
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, varied
 from envs import Endless
 from problems import MASK, REWARDS, close, exact_gradient, probabilities
 from scipy.optimize import approx_fprime
@@ -24,7 +24,7 @@ def test_equation_1_rollout_is_one_whole_episode_of_each_env(script, env_id):
     torch.manual_seed(0)
     vector_env = script.make_envs(env_id, 8)
     discrete = isinstance(vector_env.single_action_space, gym.spaces.Discrete)
-    policy = script.Policy(2, 2, discrete)
+    policy = varied(script.Policy(2, 2, discrete))
     trajectories = script.rollout(vector_env, policy)
     obs, actions, rewards, mask = trajectories[:4]
     lengths = obs[:, 0, 0]
@@ -42,7 +42,7 @@ def test_equation_1_rollout_is_one_whole_episode_of_each_env(script, env_id):
 
 
 def test_rollout_draws_new_episodes_from_torch_alone(script):
-    policy, vector_env = script.Policy(2, 2, True), script.make_envs("Counting-v0", 32)
+    policy, vector_env = varied(script.Policy(2, 2, True)), script.make_envs("Counting-v0", 32)
     torch.manual_seed(3)
     first, second = script.rollout(vector_env, policy), script.rollout(vector_env, policy)
     torch.manual_seed(3)
@@ -75,7 +75,7 @@ def test_rollout_samples_from_the_policy(script):
 
 def test_greedy_rollouts_start_from_seed_1(script):
     """So that the evaluations of all versions of a script can be compared."""
-    policy, vector_env = script.Policy(2, 2, False), script.make_envs("CountingBox-v0", 16)
+    policy, vector_env = varied(script.Policy(2, 2, False)), script.make_envs("CountingBox-v0", 16)
     first = script.rollout(vector_env, policy, greedy=True).obs[:, 0]
     expected, _ = vector_env.reset(seed=1)
     assert torch.equal(first, torch.tensor(expected, dtype=torch.float32))
@@ -83,7 +83,7 @@ def test_greedy_rollouts_start_from_seed_1(script):
 
 def test_greedy_rollout_takes_the_mode_and_draws_nothing(script):
     """So that all runs are evaluated on the same episodes."""
-    policy, vector_env = script.Policy(2, 2, False), script.make_envs("CountingBox-v0", 16)
+    policy, vector_env = varied(script.Policy(2, 2, False)), script.make_envs("CountingBox-v0", 16)
     torch.manual_seed(3)
     state = torch.get_rng_state()
     one = script.rollout(vector_env, policy, greedy=True)
@@ -142,7 +142,7 @@ def test_equation_2_policy_loss_sums_over_time_and_averages_over_episodes(script
 
 
 def test_equation_2_with_unit_weights_is_behaviour_cloning(script):
-    policy = script.Policy(3, 4, discrete=True)
+    policy = varied(script.Policy(3, 4, discrete=True))
     obs, actions = torch.randn(5, 7, 3), torch.randint(4, (5, 7))
     ones = torch.ones(5, 7)
     imitation = torch.nn.functional.cross_entropy(
@@ -155,7 +155,7 @@ def test_equation_2_with_unit_weights_is_behaviour_cloning(script):
 
 
 def test_gaussian_policy_has_one_log_prob_an_action_and_does_not_clip(script):
-    policy = script.Policy(3, 2, discrete=False)
+    policy = varied(script.Policy(3, 2, discrete=False))
     assert policy.log_std.tolist() == [-0.5, -0.5]
     with torch.no_grad():
         policy.log_std.copy_(torch.tensor([0.3, -1.2]))
@@ -170,13 +170,19 @@ def test_gaussian_policy_has_one_log_prob_an_action_and_does_not_clip(script):
 
 
 def test_categorical_policy(script):
-    policy = script.Policy(3, 4, discrete=True)
+    policy = varied(script.Policy(3, 4, discrete=True))
     obs = torch.randn(6, 3)
     logits = policy.network(obs)
     assert torch.equal(policy(obs).mode, logits.argmax(dim=-1))
     actions = torch.tensor([0, 1, 2, 3, 0, 1])
     expected = logits.log_softmax(dim=-1)[torch.arange(6), actions]
     torch.testing.assert_close(policy(obs).log_prob(actions), expected)
+
+
+def test_a_new_policy_ignores_the_state_and_is_uniform(script):
+    obs = 10 * torch.randn(6, 3)
+    assert torch.equal(script.Policy(3, 4, discrete=True)(obs).probs, torch.full((6, 4), 0.25))
+    assert script.Policy(3, 2, discrete=False)(obs).mean.eq(0).all()
 
 
 @pytest.mark.parametrize("discrete", [True, False])
@@ -244,6 +250,17 @@ def test_the_exact_gradient_is_that_of_finite_differences(mdp, policy):
 
 
 # What `train` does
+
+
+@pytest.mark.parametrize("module", [pg_baseline, offpolicy_pg])
+def test_equal_returns_leave_the_policy_as_it_is(record, module):
+    """What rounding leaves of the gradient must not become a step of full size."""
+    settings = {"env_id": "Acrobot-v1", "env_kwargs": '{"max_episode_steps": 30}', "gamma": 0.99}
+    settings |= {"baseline": "average", "num_envs": 7, "total_timesteps": 6000}
+    calls = record(module, **settings)
+    assert any(call["psi"].abs().max() > 1e-7 for call in calls)
+    probs = calls[-1]["Policy"](torch.randn(50, 6)).probs
+    close(probs, torch.full((50, 3), 1 / 3), atol=1e-3)
 
 
 @pytest.mark.parametrize("module", [pg_baseline, offpolicy_pg])

@@ -22,7 +22,7 @@ VALUE_ORDER = ["Args", "Batch", "ReplayBuffer", "select_actions", "td_target", "
 VALUE_ORDER += ["train", "evaluate"]
 SKIP = ["make_envs", "save_checkpoint", "defaults"]
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 330, "pg_baseline": 400, "offpolicy_pg": 401, "dqn": 433, "cem_q": 478}
+LINES = {"reinforce": 333, "pg_baseline": 403, "offpolicy_pg": 416, "dqn": 433, "cem_q": 478}
 LINES |= {"naf": 377, "ddpg_continuous": 394}
 
 
@@ -58,12 +58,14 @@ def check(name):
 
 @pytest.mark.parametrize(("one", "two"), list(combinations(SCRIPTS, 2)))
 def test_policy_gradient_blocks_are_verbatim(one, two):
+    """But for the numbers of equations."""
     ours, theirs = blocks(one), blocks(two)
     differ = OWN | (OFFPOLICY if "offpolicy_pg" in (one, two) else set())
     shared = ours.keys() & theirs.keys() - differ
     assert len(shared) >= 6
     for name in shared:
-        assert ours[name] == theirs[name], f"{name} differs between {one}.py and {two}.py"
+        one_text, two_text = (re.sub(r"\(\d+\)", "", text[name]) for text in (ours, theirs))
+        assert one_text == two_text, f"{name} differs between {one}.py and {two}.py"
 
 
 @pytest.mark.parametrize(("one", "two"), list(combinations(VALUE_BASED, 2)))
