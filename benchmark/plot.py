@@ -5,10 +5,10 @@ python -m benchmark.plot --results results --page ""   # your own: prints the ta
 """
 
 import re
+import textwrap
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -170,9 +170,8 @@ def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
         steps = np.linspace(first, last, 60)
         scores = np.array([np.interp(steps, x["step"], x["training_return"]) for x in seeds])
         mean, low, high = interval(scores)
-        axes.plot(
-            steps, mean, color=color, linestyle=style, label=shorten(command, 90, placeholder=" …")
-        )
+        label = textwrap.fill(command, 90)
+        axes.plot(steps, mean, color=color, linestyle=style, label=label)
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="env steps", ylabel="training return", title=name)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

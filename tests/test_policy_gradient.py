@@ -252,6 +252,15 @@ def test_the_exact_gradient_is_that_of_finite_differences(mdp, policy):
 # What `train` does
 
 
+def test_steps_vanish_with_the_gradient(script, spy, monkeypatch):
+    """Adam alone would take steps of full size, however small the gradient is."""
+    policies, policy_loss = spy(script, "Policy"), script.policy_loss
+    monkeypatch.setattr(script, "policy_loss", lambda *batch: 1e-9 * policy_loss(*batch))
+    script.train(script.Args(**TINY))
+    probs = policies[0].result(torch.randn(50, 4)).probs
+    close(probs, torch.full((50, 2), 0.5), atol=1e-3)
+
+
 @pytest.mark.parametrize("module", [pg_baseline, offpolicy_pg])
 def test_equal_returns_leave_the_policy_as_it_is(record, module):
     """What rounding leaves of the gradient must not become a step of full size."""
