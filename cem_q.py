@@ -5,7 +5,7 @@
 # ///
 """Q-learning with continuous actions, the max by search. Lecture: Options 1 and 2.
 
-    a = argmax_a' Q_φ(s, a') + σ 𝒩(0, I)                                (1)  select_actions
+    a = argmax_a' Q_φ(s, a') + n,  n ← (1 - κ) n + σ 𝒩(0, I)            (1)  select_actions
     argmax_a' Q(s, a') over the box [-1, 1]^d, by --maximizer           (2)  argmax_action
     (s, a, r, s') ~ uniformly, from the last buffer_size transitions    (3)  ReplayBuffer
     y = r + γ (1 - terminated) Q_φ⁻(s', argmax_a' Q_φ⁻(s', a'))         (4)  td_target
@@ -20,6 +20,8 @@
 
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
 weights and h_σ. The slide's "local minimum" is a local maximum; time/maximizing shows its "slow".
+In (1), κ = 1 is Gaussian noise, and less is Ornstein-Uhlenbeck noise, which pushes one way for
+longer.
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known
@@ -82,6 +84,7 @@ class Args:
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
     exploration_noise: float = 0.2  # σ, the deviation of the noise
+    ou_theta: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
     maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"  # the search in (2)
     bins: int = 21  # points of the grid in each dimension of the action
     num_samples: int = 32  # samples in an iteration of cem and cmaes; starts of gradient
@@ -242,10 +245,14 @@ def argmax_action(q_network: nn.Module, obs: Tensor, maximizer: Callable) -> Ten
     return maximizer(q_function, len(obs))
 
 
-def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, sigma: float) -> Tensor:
+def ou_noise(noise: Tensor, theta: float, sigma: float) -> Tensor:
+    """(1) The next noise after `noise`, (N, action_dim)."""
+    return (1 - theta) * noise + sigma * torch.randn_like(noise)
+
+
+def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, noise: Tensor) -> Tensor:
     """(1) (N, A), in the box."""
-    actions = argmax_action(q_network, obs, maximizer)
-    return (actions + sigma * torch.randn_like(actions)).clamp(-1, 1)
+    return (argmax_action(q_network, obs, maximizer) + noise).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -315,6 +322,7 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)
+    noise = torch.zeros(args.num_envs, action_dim, device=args.device)
     maximizing = 0.0
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
@@ -323,7 +331,9 @@ def train(args: Args) -> Tensor:
         for _ in range(args.num_steps):
             passed = global_step / args.total_timesteps
             obs = torch.tensor(next_obs, dtype=torch.float32, device=args.device)
-            actions = select_actions(q_network, obs, maximizer, args.exploration_noise)  # (1)
+            noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (1)
+            noise = noise * noise.new_tensor(live)[:, None]  # each episode's starts at 0
+            actions = select_actions(q_network, obs, maximizer, noise)  # (1)
             if global_step < args.learning_starts:
                 actions.uniform_(-1, 1)
             next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
@@ -372,7 +382,7 @@ def train(args: Args) -> Tensor:
 
     envs.close()
     progress.set_postfix_str("evaluation")
-    greedy = partial(select_actions, q_network, maximizer=maximizer, sigma=0.0)
+    greedy = partial(select_actions, q_network, maximizer=maximizer, noise=torch.tensor(0.0))
     envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     torch.manual_seed(args.seed)  # so that a resumed run searches alike
     returns = evaluate(greedy, envs, args.device)

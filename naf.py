@@ -5,7 +5,7 @@
 # ///
 """Q-learning with normalized advantage functions, NAF (Gu et al., 2016). Lecture: Option 3.
 
-    a = μ(s) + σ 𝒩(0, I)                                                (1)  select_actions
+    a = μ(s) + n,  n ← (1 - κ) n + σ 𝒩(0, I)                            (1)  select_actions
     Q_φ(s, a) = V(s) - ½ (a - μ(s))ᵀ P(s) (a - μ(s)),  P = L Lᵀ         (2)  naf_q
     (s, a, r, s') ~ uniformly, from the last buffer_size transitions    (3)  ReplayBuffer
     y = c r + γ (1 - terminated) V_φ⁻(s')                               (4)  td_target
@@ -18,7 +18,8 @@
 P is positive definite by (7), so argmax_a Q = μ and max_a Q = V: no search in (1), no max in (4).
 The price is in (2): as a function of a, Q is one paraboloid, however many peaks the true one has.
 With returns in the hundreds, V's errors swamp P in the layers they share: c, reward_scale, keeps Q
-near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
+near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too. In (1),
+κ = 1 is Gaussian noise, and less is Ornstein-Uhlenbeck noise, which pushes one way for longer.
 
     python naf.py --env-id Pendulum-v1
     diff dqn.py naf.py
@@ -81,6 +82,7 @@ class Args:
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.01  # part of φ that φ⁻ takes over in each update; 1 is a copy
     exploration_noise: float = 0.4  # σ, the deviation of the noise
+    ou_theta: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -156,11 +158,16 @@ def naf_q(mu: Tensor, L: Tensor, value: Tensor, actions: Tensor) -> Tensor:
     return value - 0.5 * (difference.mT @ P @ difference).squeeze((-2, -1))
 
 
+def ou_noise(noise: Tensor, theta: float, sigma: float) -> Tensor:
+    """(1) The next noise after `noise`, (N, action_dim)."""
+    return (1 - theta) * noise + sigma * torch.randn_like(noise)
+
+
 @torch.no_grad()
-def select_actions(q_network: nn.Module, obs: Tensor, sigma: float) -> Tensor:
+def select_actions(q_network: nn.Module, obs: Tensor, noise: Tensor) -> Tensor:
     """(1) (N, action_dim), in the box."""
     mu, _, _ = q_network(obs)
-    return (mu + sigma * torch.randn_like(mu)).clamp(-1, 1)
+    return (mu + noise).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -220,6 +227,7 @@ def train(args: Args) -> Tensor:
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)
+    noise = torch.zeros(args.num_envs, action_dim, device=args.device)
     while global_step < args.total_timesteps:
         # 1. act, and keep (s, a, r, s')
         start = time.perf_counter()
@@ -227,7 +235,9 @@ def train(args: Args) -> Tensor:
         for _ in range(args.num_steps):
             passed = global_step / args.total_timesteps
             obs = torch.tensor(next_obs, dtype=torch.float32, device=args.device)
-            actions = select_actions(q_network, obs, args.exploration_noise)  # (1)
+            noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (1)
+            noise = noise * noise.new_tensor(live)[:, None]  # each episode's starts at 0
+            actions = select_actions(q_network, obs, noise)  # (1)
             if global_step < args.learning_starts:
                 actions.uniform_(-1, 1)
             next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
@@ -272,7 +282,7 @@ def train(args: Args) -> Tensor:
 
     envs.close()
     progress.set_postfix_str("evaluation")
-    greedy = partial(select_actions, q_network, sigma=0.0)
+    greedy = partial(select_actions, q_network, noise=torch.tensor(0.0))
     envs = make_envs(args.env_id, args.eval_episodes, **env_kwargs)
     returns = evaluate(greedy, envs, args.device)
     progress.close()

@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import VALUE_TINY
-from envs import counting
 from problems import close, continuous_batch, lqr_batch, policy_cost, scalar_lqr, states
 from torch import nn
 
@@ -18,14 +17,6 @@ def test_ddpg_noise():
     actor, obs = ddpg_continuous.Actor(3, 2), torch.randn(50, 3)
     noisy = ddpg_continuous.select_actions(actor, obs, torch.tensor([0.4, -0.3]).expand(50, -1))
     torch.testing.assert_close(noisy, (actor(obs) + torch.tensor([0.4, -0.3])).clamp(-1, 1))
-    torch.manual_seed(0)
-    noise, ou = torch.full((20_000, 2), 10.0), ddpg_continuous.ou_noise
-    nearer = ou(noise, 0.25, 0.5)
-    assert nearer.mean().item() == pytest.approx(7.5, abs=0.02)
-    assert nearer.std().item() == pytest.approx(0.5, abs=0.02)
-    white = ou(noise, 1.0, 0.5)
-    assert white.mean().item() == pytest.approx(0.0, abs=0.02)
-    assert torch.corrcoef(white.T)[0, 1].abs() < 0.03
 
 
 def test_ddpg_target_and_actor_gradient_by_hand():
@@ -90,34 +81,6 @@ def test_ddpg_learns_the_lqr_by_policy_iteration(lqr):
 
 
 # What `train` does
-
-
-def test_train_of_ddpg_starts_each_episode_with_new_noise(spy):
-    steps = spy(ddpg_continuous, "ou_noise")
-    own = {"env_id": counting(ddpg_continuous), "ou_theta": 0.2, "exploration_noise": 0.3}
-    ddpg_continuous.train(ddpg_continuous.Args(**VALUE_TINY, **own))
-    kept = reset = 0
-    for before, step in zip(steps, steps[1:]):
-        noise, *settings = step.args
-        assert settings == [0.2, 0.3]
-        same = (noise == before.result).all(dim=1)
-        assert noise[~same].eq(0).all()
-        kept += int(same.sum())
-        reset += int((~same).sum())
-    assert kept > reset > 50
-
-
-@pytest.mark.parametrize("theta", [0.03, 0.15, 1.0])
-def test_the_first_noise_of_every_episode_has_the_variance_of_one_step(spy, theta):
-    """σ²; that of the second is σ² (1 + (1 - κ)²). The observation is (length, t)."""
-    acts = spy(ddpg_continuous, "select_actions")
-    own = {"env_id": counting(ddpg_continuous), "ou_theta": theta, "exploration_noise": 0.3}
-    own |= {"total_timesteps": 6000, "learning_starts": 5999, "num_envs": 16}
-    ddpg_continuous.train(ddpg_continuous.Args(**VALUE_TINY | own))
-    obs, noise = (torch.cat([call.args[i] for call in acts[8:]]) for i in (1, 2))
-    for t, variance in {0: 1.0, 1: 1 + (1 - theta) ** 2}.items():
-        found = noise[(obs[:, 1] == t) & (obs[:, 0] > t)].var().item()
-        assert found == pytest.approx(0.3**2 * variance, rel=0.12), t
 
 
 def test_train_of_ddpg_steps_the_critic_alone_and_then_the_actor_alone(spy, monkeypatch):

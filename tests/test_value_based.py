@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -28,37 +29,31 @@ TARGET = {"actor": "target_actor", "q_network": "target_network"}
 def test_equation_1_adds_noise_to_the_best_action_and_stays_in_the_box(module):
     torch.manual_seed(0)
     obs = torch.randn(2000, 3)
+    unit = torch.randn(2000, 2)
     if module is naf:
-        network = naf.NAFNetwork(3, 2)
-        best, select = network(obs)[0], lambda sigma: naf.select_actions(network, obs, sigma)
+        network, search = naf.NAFNetwork(3, 2), []
+        best = network(obs)[0]
     elif module is cem_q:
-        network, search = cem_q.QNetwork(3, 2), lambda q, size: cem_q.argmax_grid(q, size, 2, 5)
-        best = cem_q.argmax_action(network, obs, search)
-        select = lambda sigma: cem_q.select_actions(network, obs, search, sigma)  # noqa: E731
+        network, search = cem_q.QNetwork(3, 2), [partial(cem_q.argmax_grid, d=2, bins=5)]
+        best = cem_q.argmax_action(network, obs, *search)
     else:
-        actor, unit = ddpg_continuous.Actor(3, 2), torch.randn(2000, 2)
-        best = actor(obs)
-        select = lambda sigma: ddpg_continuous.select_actions(actor, obs, sigma * unit)  # noqa: E731
-    torch.testing.assert_close(select(0.0), best)
-    noise = (select(0.01) - best)[best.abs() < 0.9]
-    assert len(noise) == 0 or noise.std().item() == pytest.approx(0.01, rel=0.1)
-    assert select(5.0).abs().max() == 1 and select(5.0).shape == (2000, 2)
+        network, search = ddpg_continuous.Actor(3, 2), []
+        best = network(obs)
+    for sigma in (0.0, 0.01, 5.0):
+        actions = module.select_actions(network, obs, *search, sigma * unit)
+        torch.testing.assert_close(actions, (best + sigma * unit).clamp(-1, 1))
 
 
-def test_equation_1_draws_its_noise_from_torch():
-    """With one seed, select_actions and ou_noise add the same numbers."""
-    obs, zeros = torch.randn(6, 3), torch.zeros(6, 2)
-    network, grid = cem_q.QNetwork(3, 2), lambda q, B: cem_q.argmax_grid(q, B, 2, 5)
-    best = cem_q.argmax_action(network, obs, grid)
-    noisy = {0: (cem_q.select_actions, (network, obs, grid, 0.1), best)}
-    network = naf.NAFNetwork(3, 2)
-    noisy[1] = (naf.select_actions, (network, obs, 0.1), network(obs)[0])
-    noisy[2] = (ddpg_continuous.ou_noise, (zeros + 0.4, 0.25, 0.1), zeros + 0.3)
-    for function, arguments, mean in noisy.values():
-        torch.manual_seed(0)
-        ours = function(*arguments)
-        torch.manual_seed(0)
-        torch.testing.assert_close(ours, (mean + 0.1 * torch.randn(6, 2)).clamp(-1, 1))
+@pytest.mark.parametrize("module", CONTINUOUS)
+def test_ou_noise_forgets_and_is_driven(module):
+    torch.manual_seed(0)
+    noise = torch.full((20_000, 2), 10.0)
+    nearer = module.ou_noise(noise, 0.25, 0.5)
+    assert nearer.mean().item() == pytest.approx(7.5, abs=0.02)
+    assert nearer.std().item() == pytest.approx(0.5, abs=0.02)
+    white = module.ou_noise(noise, 1.0, 0.5)
+    assert white.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert torch.corrcoef(white.T)[0, 1].abs() < 0.03
 
 
 def test_equation_6_update_target(value_script):
@@ -272,6 +267,37 @@ def test_no_gradient_flows_into_equation_4(value_script, spy):
     targets = spy(value_script, "td_target")
     value_script.train(value_script.Args(**VALUE_TINY))
     assert len(targets) > 10 and not any(call.result.requires_grad for call in targets)
+
+
+@pytest.mark.parametrize("module", CONTINUOUS)
+def test_train_starts_each_episode_with_new_noise(module, spy):
+    steps = spy(module, "ou_noise")
+    own = {"env_id": counting(module), "ou_theta": 0.2, "exploration_noise": 0.3}
+    module.train(module.Args(**VALUE_TINY, **own))
+    kept = reset = 0
+    for before, step in zip(steps, steps[1:]):
+        noise, *settings = step.args
+        assert settings == [0.2, 0.3]
+        same = (noise == before.result).all(dim=1)
+        assert noise[~same].eq(0).all()
+        kept += int(same.sum())
+        reset += int((~same).sum())
+    assert kept > reset > 50
+
+
+@pytest.mark.parametrize("module", CONTINUOUS)
+@pytest.mark.parametrize("theta", [0.03, 0.15, 1.0])
+def test_the_first_noise_of_every_episode_has_the_variance_of_one_step(module, spy, theta):
+    """σ²; that of the second is σ² (1 + (1 - κ)²). The observation is (length, t)."""
+    acts = spy(module, "select_actions")
+    own = {"env_id": counting(module), "ou_theta": theta, "exploration_noise": 0.3}
+    own |= {"total_timesteps": 6000, "learning_starts": 5999, "num_envs": 16}
+    module.train(module.Args(**VALUE_TINY | own))
+    acts = [call.args for call in acts[8:] if len(call.args) > 2]  # of training
+    obs, noise = (torch.cat([act[i] for act in acts]) for i in (1, -1))
+    for t, variance in {0: 1.0, 1: 1 + (1 - theta) ** 2}.items():
+        found = noise[(obs[:, 1] == t) & (obs[:, 0] > t)].var().item()
+        assert found == pytest.approx(0.3**2 * variance, rel=0.12), t
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
