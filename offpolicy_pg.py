@@ -21,7 +21,7 @@
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
 of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
 In (8), b_t is V(s_t), or the mean of G_jt over the other episodes. Both networks see
-(s - mean) / std, through a Normalizer.
+(s - mean) / std.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -91,24 +91,33 @@ class Args:
             raise ValueError(f"--estimator {self.estimator} is not one of offpolicy_pg.py")
 
 
-class Normalizer(nn.Module):
-    """(s - mean) / std over the batches so far; a module, so that checkpoints hold both."""
+class NormalizedLinear(nn.Linear):
+    """W (s - mean) / std + b, where a batch changes mean and std, but not the function of s."""
 
-    def __init__(self, obs_dim: int):
-        super().__init__()
+    def __init__(self, obs_dim: int, width: int):
+        super().__init__(obs_dim, width)
         self.register_buffer("count", torch.tensor(0))  # batches: each weighs as much as any other
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("var", torch.ones(obs_dim))
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return (obs - self.mean) / self.var.sqrt().clamp(min=1e-3)
+    @property
+    def std(self) -> Tensor:
+        return self.var.sqrt().clamp(min=1e-3)
 
+    def forward(self, obs: Tensor) -> Tensor:
+        return super().forward((obs - self.mean) / self.std)
+
+    @torch.no_grad()
     def update(self, obs: Tensor) -> None:
         """Takes in a batch, (B, obs_dim)."""
+        mean, std = self.mean.clone(), self.std
         self.count += 1
         share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
         self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
         self.mean += share * shift
+        if self.count > 1:  # before the first batch, there is nothing to keep
+            self.bias += self.weight @ ((self.mean - mean) / std)
+            self.weight *= self.std / std
 
 
 class Policy(nn.Module):
@@ -116,7 +125,7 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
+        hidden = [NormalizedLinear(obs_dim, 32), nn.Tanh()]
         self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
         for parameter in self.network[-1].parameters():
             nn.init.zeros_(parameter)  # at first π ignores s; uniform if discrete
@@ -133,8 +142,8 @@ class ValueNetwork(nn.Sequential):
     """V(s): (..., obs_dim) to (...)."""
 
     def __init__(self, obs_dim: int):
-        hidden = [nn.Linear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-        super().__init__(Normalizer(obs_dim), *hidden, nn.Linear(64, 1))
+        hidden = [NormalizedLinear(obs_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+        super().__init__(*hidden, nn.Linear(64, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward(obs).squeeze(-1)
@@ -190,8 +199,9 @@ def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
 
 def average_baseline(returns: Tensor, mask: Tensor) -> Tensor:
     """(8) Mean of G_jt over the other episodes, whose G is 0 after their end, (N, T)."""
-    others = 1 - torch.eye(len(mask), dtype=mask.dtype, device=mask.device)
-    return others @ (mask * returns) / max(len(mask) - 1, 1)
+    others = 1 - torch.eye(len(mask), dtype=torch.float64)
+    sums = others @ (mask * returns).cpu().double()  # exact if all are equal, and Ψ is 0
+    return (sums / max(len(mask) - 1, 1)).to(returns)
 
 
 def log_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
@@ -229,8 +239,7 @@ def train(args: Args) -> Tensor:
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
-    # eps: where the gradient is mere noise, Adam would still take a full step
-    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), eps=1e-3, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
     value_network = ValueNetwork(obs_dim).to(args.device)
     fit = torch.optim.Adam(value_network.parameters(), fused=True)
     parts = {"policy": policy, "optimizer": optimizer, "value_network": value_network, "fit": fit}

@@ -16,8 +16,8 @@
 (2) averages over episodes, as the slides do; an average over steps would rescale it at random.
 The slides do not discount, so gamma is 1; below 1, (4) leaves out the γ^t of the exact gradient, as
 is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the returns grow from batch to
-batch. Its α decreases, because without a baseline the gradient stays noisy to the end. A Normalizer
-lets the policy see (s - mean) / std, so that small entries of a state count as well.
+batch. Its α decreases, because without a baseline the gradient stays noisy to the end. The first
+layer sees (s - mean) / std, so that small entries of a state count as well.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
@@ -82,24 +82,33 @@ class Args:
             raise ValueError(f"--device {self.device} is not available here")
 
 
-class Normalizer(nn.Module):
-    """(s - mean) / std over the batches so far; a module, so that checkpoints hold both."""
+class NormalizedLinear(nn.Linear):
+    """W (s - mean) / std + b, where a batch changes mean and std, but not the function of s."""
 
-    def __init__(self, obs_dim: int):
-        super().__init__()
+    def __init__(self, obs_dim: int, width: int):
+        super().__init__(obs_dim, width)
         self.register_buffer("count", torch.tensor(0))  # batches: each weighs as much as any other
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("var", torch.ones(obs_dim))
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return (obs - self.mean) / self.var.sqrt().clamp(min=1e-3)
+    @property
+    def std(self) -> Tensor:
+        return self.var.sqrt().clamp(min=1e-3)
 
+    def forward(self, obs: Tensor) -> Tensor:
+        return super().forward((obs - self.mean) / self.std)
+
+    @torch.no_grad()
     def update(self, obs: Tensor) -> None:
         """Takes in a batch, (B, obs_dim)."""
+        mean, std = self.mean.clone(), self.std
         self.count += 1
         share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
         self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
         self.mean += share * shift
+        if self.count > 1:  # before the first batch, there is nothing to keep
+            self.bias += self.weight @ ((self.mean - mean) / std)
+            self.weight *= self.std / std
 
 
 class Policy(nn.Module):
@@ -107,7 +116,7 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, discrete: bool):
         super().__init__()
-        hidden = [Normalizer(obs_dim), nn.Linear(obs_dim, 32), nn.Tanh()]
+        hidden = [NormalizedLinear(obs_dim, 32), nn.Tanh()]
         self.network = nn.Sequential(*hidden, nn.Linear(32, action_dim))
         for parameter in self.network[-1].parameters():
             nn.init.zeros_(parameter)  # at first π ignores s; uniform if discrete
@@ -181,8 +190,7 @@ def train(args: Args) -> Tensor:
     obs_dim = flatdim(envs.single_observation_space)
     space = envs.single_action_space
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
-    # eps: where the gradient is mere noise, Adam would still take a full step
-    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), eps=1e-3, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
     parts = {"policy": policy, "optimizer": optimizer}  # what a checkpoint holds
     global_step = 0
     if args.resume:
