@@ -98,7 +98,7 @@ class NormalizedLinear(nn.Linear):
 
     @property
     def std(self) -> Tensor:
-        return self.var.sqrt().clamp(min=1e-3)
+        return self.var.sqrt().where(self.var > 1e-6, 1)  # 1 of what has not varied yet
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward((obs - self.mean) / self.std)

@@ -193,7 +193,7 @@ def test_a_policy_of_nan_is_left_to_train_to_report(script, discrete):
 
 
 def normalized(layer, obs):
-    """W (s - mean) / std + b, without the clamp of std."""
+    """W (s - mean) / std + b, of states that vary."""
     return (obs - layer.mean) / layer.var.sqrt() @ layer.weight.T + layer.bias
 
 
@@ -227,11 +227,17 @@ def test_the_first_layer_changes_its_numbers_but_not_its_function(script):
     assert not torch.allclose(layer.weight, before[0])
 
 
-def test_an_observation_that_does_not_vary_is_0(script):
+def test_an_observation_that_does_not_vary_yet_is_0_and_as_it_is_when_it_does(script):
+    """A scale of 0 would make what is rare, such as one state of many, count a thousandfold."""
     layer = script.NormalizedLinear(2, 3)
     for _ in range(100):
         layer.update(torch.stack([torch.full((9,), 123.456), torch.arange(9.0)], dim=1))
     close((torch.tensor([123.456, 4.0]) - layer.mean) / layer.std, [0, 0], atol=0.05)
+    weight = layer.weight[:, 0].clone()
+    layer.update(torch.tensor([[123.456, 4.0], [124.456, 4.0]]))
+    slope = layer(torch.tensor([124.456, 4.0])) - layer(torch.tensor([123.456, 4.0]))
+    assert layer.std[0] < 0.1
+    close(slope, weight, atol=1e-3)
 
 
 def test_equation_4_reward_to_go(script):
