@@ -170,7 +170,7 @@ def figure(curves: pd.DataFrame, name: str, task: dict) -> plt.Figure:
         steps = np.linspace(first, last, 60)
         scores = np.array([np.interp(steps, x["step"], x["training_return"]) for x in seeds])
         mean, low, high = interval(scores)
-        label = textwrap.fill(command, 90)
+        label = textwrap.fill(command, 90, break_on_hyphens=False)
         axes.plot(steps, mean, color=color, linestyle=style, label=label)
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="env steps", ylabel="training return", title=name)
