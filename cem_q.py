@@ -84,7 +84,7 @@ class Args:
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
     exploration_noise: float = 0.2  # σ, the deviation of the noise
-    ou_theta: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
+    ou_kappa: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
     maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"  # the search in (2)
     bins: int = 21  # points of the grid in each dimension of the action
     num_samples: int = 32  # samples in an iteration of cem and cmaes; starts of gradient
@@ -331,7 +331,7 @@ def train(args: Args) -> Tensor:
         for _ in range(args.num_steps):
             passed = global_step / args.total_timesteps
             obs = torch.tensor(next_obs, dtype=torch.float32, device=args.device)
-            noise = ou_noise(noise, args.ou_theta, args.exploration_noise)  # (1)
+            noise = ou_noise(noise, args.ou_kappa, args.exploration_noise)  # (1)
             noise = noise * noise.new_tensor(live)[:, None]  # each episode's starts at 0
             actions = select_actions(q_network, obs, maximizer, noise)  # (1)
             if global_step < args.learning_starts:

@@ -269,10 +269,15 @@ def test_no_gradient_flows_into_equation_4(value_script, spy):
     assert len(targets) > 10 and not any(call.result.requires_grad for call in targets)
 
 
+def kappa(module):
+    """The setting; its names keep DDPG's checkpoints from the other two scripts."""
+    return "ou_theta" if module is ddpg_continuous else "ou_kappa"
+
+
 @pytest.mark.parametrize("module", CONTINUOUS)
 def test_train_starts_each_episode_with_new_noise(module, spy):
     steps = spy(module, "ou_noise")
-    own = {"env_id": counting(module), "ou_theta": 0.2, "exploration_noise": 0.3}
+    own = {"env_id": counting(module), kappa(module): 0.2, "exploration_noise": 0.3}
     module.train(module.Args(**VALUE_TINY, **own))
     kept = reset = 0
     for before, step in zip(steps, steps[1:]):
@@ -290,7 +295,7 @@ def test_train_starts_each_episode_with_new_noise(module, spy):
 def test_the_first_noise_of_every_episode_has_the_variance_of_one_step(module, spy, theta):
     """σ²; that of the second is σ² (1 + (1 - κ)²). The observation is (length, t)."""
     acts = spy(module, "select_actions")
-    own = {"env_id": counting(module), "ou_theta": theta, "exploration_noise": 0.3}
+    own = {"env_id": counting(module), kappa(module): theta, "exploration_noise": 0.3}
     own |= {"total_timesteps": 6000, "learning_starts": 5999, "num_envs": 16}
     module.train(module.Args(**VALUE_TINY | own))
     acts = [call.args for call in acts[8:] if len(call.args) > 2]  # of training
