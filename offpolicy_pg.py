@@ -20,8 +20,7 @@
 
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
 of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
-In (8), b_t is V(s_t), or the mean of G_jt over the other episodes. Both networks see
-(s - mean) / std.
+In (8), b_t is V(s_t) or the other episodes' mean of G_t. Both networks see (s - mean) / std.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -270,11 +269,8 @@ def train(args: Args) -> Tensor:
         obs, actions, rewards, mask, behavior_log_probs = rollout(envs, policy)  # (1)
         live = mask.bool()
         returns = reward_to_go(rewards, args.gamma)  # (4)
-        baselines = {
-            "none": torch.zeros_like(returns),
-            "average": average_baseline(returns, mask),
-            "value": value_network(obs).detach(),
-        }
+        baselines = {"none": 0.0, "average": average_baseline(returns, mask)}
+        baselines["value"] = value_network(obs).detach()
         distribution = behavior = policy(obs)
         optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         for _ in range(args.num_updates):
