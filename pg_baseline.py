@@ -56,7 +56,7 @@ class Args:
     vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
     total_timesteps: int = 100_000  # env steps; the last batch is completed
-    num_envs: int = 64  # N, the envs stepped at once; a batch holds one episode of each
+    num_envs: int = 32  # N, the envs stepped at once; a batch holds one episode of each
     # where the networks and the data are; cuda if there is one
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size

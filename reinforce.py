@@ -52,8 +52,8 @@ class Args:
     env_kwargs: str = "{}"  # JSON for the env, such as '{"max_episode_steps": 200}'
     vectorization_mode: Literal["sync", "async"] | None = None  # async: a process for each env
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
-    total_timesteps: int = 250_000  # env steps; the last batch is completed
-    num_envs: int = 64  # N, the envs stepped at once; a batch holds one episode of each
+    total_timesteps: int = 150_000  # env steps; the last batch is completed
+    num_envs: int = 32  # N, the envs stepped at once; a batch holds one episode of each
     # where the networks and the data are; cuda if there is one
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
@@ -63,7 +63,7 @@ class Args:
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ, (3) or (4)
-    learning_rate: float = 2e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
+    learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
     gamma: float = 1.0  # discount; the slides have none
 

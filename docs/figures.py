@@ -355,12 +355,12 @@ def samples():
         "offpolicy_pg.py, 1 step a batch": ("offpolicy_pg", {"num_updates": 1}),
     }
     figure, axes = plt.subplots(figsize=(9, 4))
-    steps = np.geomspace(2000, 250_000, 200)
+    steps = np.geomspace(2000, 150_000, 200)
     for (label, found), style, color in zip(curves(runs, range(1, 6)).items(), STYLES, COLORS):
         plot_seeds(axes, found, "charts/episodic_return", steps, ls=style, color=color, label=label)
     axes.axhline(475, color="0.6", linewidth=0.8)
     axes.text(1500, 478, "solved: 475", va="bottom", color="0.4")
-    axes.set(ylabel="training return", xscale="log", xlim=(1000, 300_000))
+    axes.set(ylabel="training return", xscale="log", xlim=(1000, 200_000))
     thousands(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
