@@ -2,7 +2,7 @@
 
 pip install -r benchmark/requirements.txt
 python -m benchmark.run --task small --seeds 10
-python -m benchmark.run --task LunarLander-v3 --script dqn --address auto    # on a Ray cluster
+python -m benchmark.run --task middle --script dqn --address auto    # on a Ray cluster
 
 A cell is one command with one seed, run as a user would run it. Its result is kept in --out as
 soon as it ends, and what is there is not run again: after a stop, the same command goes on. A cell
