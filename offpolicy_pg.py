@@ -12,15 +12,16 @@
     Ψ_t = Π_u ρ_u G_t                    "causal"                     (5)  importance_weighted_psi
     Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"               (6)  importance_weighted_psi
     Ψ_t = ρ_t G_t                        "per_step", the last slide's (7)  importance_weighted_psi
-    Ψ_t ← Ψ_t - w_t b_t,  w_t: Π_u ρ_u, Π_{u≤t} ρ_u in (6), ρ_t in (7)  (8)  log_weights
+    Ψ_t ← Ψ_t - w_t b_t,  w_t: Π_u ρ_u, Π_{u≤t} ρ_u in (6), ρ_t in (7)  (8)  importance_weighted_psi
     E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ,  or no further step    (9)  train
     ESS = (Σ w)² / Σ w²,  over all steps                             (10)  effective_sample_size
 
     N num_envs    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
 
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
-of all three is exponential in T. (7) is biased: no ratio of the states, the old policy's future.
-In (8), b_t is V(s_t) or the other episodes' mean of G_t. Both networks see (s - mean) / std.
+of (3), (5) and (6) is exponential in T. (7) is biased: it drops the ratio of the probabilities of
+s_t, and its G_t is the old policy's. In (8), b_t is V(s_t) or the other episodes' mean of G_t. Both
+networks see (s - mean) / std.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -71,7 +72,7 @@ class Args:
     value_learning_rate: float = 1e-2  # step size of the fit of V
     learning_rate: float = 5e-3  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 10_000  # env steps after which α has halved
-    gamma: float = 1.0  # discount; the slides have none
+    gamma: float = 1.0  # discount; the slides on policy gradients have none
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -91,7 +92,7 @@ class Args:
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b, where a batch changes mean and std, but not the function of s."""
+    """W (s - mean) / std + b. From the second batch on, a new mean and std keep this function."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)
@@ -101,7 +102,8 @@ class NormalizedLinear(nn.Linear):
 
     @property
     def std(self) -> Tensor:
-        return self.var.sqrt().where(self.var > 1e-6, 1)  # 1 of what has not varied yet
+        varied = self.var > 1e-6 + 1e-12 * self.mean.square()  # by 0.001, and by more than rounding
+        return self.var.sqrt().where(varied, 1)
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward((obs - self.mean) / self.std)
@@ -114,7 +116,7 @@ class NormalizedLinear(nn.Linear):
         share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
         self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
         self.mean += share * shift
-        if self.count > 1:  # before the first batch, there is nothing to keep
+        if self.count > 1:  # the first batch sets the scale
             self.bias += self.weight @ ((self.mean - mean) / std)
             self.weight *= self.std / std
 
@@ -192,7 +194,7 @@ def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
-    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J(φ)."""
+    """(2) -1/N Σ_i Σ_t log π(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J."""
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
@@ -212,14 +214,15 @@ def log_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
 
 
 def importance_weighted_psi(
-    log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str
+    log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str, baseline=0.0
 ) -> Tensor:
-    """(3) and (5) to (7), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
+    """(3) and (5) to (8), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
     weights = log_weights(log_ratio, mask, estimator).exp().nan_to_num().detach()  # no inf · 0
-    if estimator == "per_decision":
-        return reward_to_go(weights * rewards, gamma)  # (6)
     returns = reward_to_go(rewards, gamma)
-    return weights * (returns[:, :1] if estimator == "trajectory" else returns)  # (3), (5), (7)
+    psi = weights * (returns[:, :1] if estimator == "trajectory" else returns)  # (3), (5), (7)
+    if estimator == "per_decision":
+        psi = reward_to_go(weights * rewards, gamma)  # (6)
+    return psi - weights * baseline  # (8)
 
 
 def effective_sample_size(log_w: Tensor) -> Tensor:
@@ -271,15 +274,14 @@ def train(args: Args) -> Tensor:
         returns = reward_to_go(rewards, args.gamma)  # (4)
         baselines = {"none": 0.0, "average": average_baseline(returns, mask)}
         baselines["value"] = value_network(obs).detach()
+        b = baselines[args.baseline]
         distribution = behavior = policy(obs)
         optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         for _ in range(args.num_updates):
             # 2. estimate ∇J(φ')
             log_probs = distribution.log_prob(actions)
             log_ratio = (log_probs - behavior_log_probs).detach()
-            psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator)
-            weights = log_weights(log_ratio, mask, args.estimator).exp().nan_to_num()
-            psi = psi - weights * baselines[args.baseline]  # (8)
+            psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator, b)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1

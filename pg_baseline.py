@@ -18,7 +18,7 @@
     z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients
 
 Unbiased, as no b_it depends on a_it: (5) and (7) leave episode i out, (6) is fitted after its use.
-At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; G adds the cross terms in z·g.
+At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; at Ψ = G, z·∇ log π_t weights each G_t.
 Both networks see (s - mean) / std.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
@@ -70,7 +70,7 @@ class Args:
     value_learning_rate: float = 1e-2  # step size of the fit of V
     learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
-    gamma: float = 1.0  # discount; the slides have none
+    gamma: float = 1.0  # discount; the slides on policy gradients have none
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -88,7 +88,7 @@ class Args:
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b, where a batch changes mean and std, but not the function of s."""
+    """W (s - mean) / std + b. From the second batch on, a new mean and std keep this function."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)
@@ -98,7 +98,8 @@ class NormalizedLinear(nn.Linear):
 
     @property
     def std(self) -> Tensor:
-        return self.var.sqrt().where(self.var > 1e-6, 1)  # 1 of what has not varied yet
+        varied = self.var > 1e-6 + 1e-12 * self.mean.square()  # by 0.001, and by more than rounding
+        return self.var.sqrt().where(varied, 1)
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward((obs - self.mean) / self.std)
@@ -111,7 +112,7 @@ class NormalizedLinear(nn.Linear):
         share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
         self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
         self.mean += share * shift
-        if self.count > 1:  # before the first batch, there is nothing to keep
+        if self.count > 1:  # the first batch sets the scale
             self.bias += self.weight @ ((self.mean - mean) / std)
             self.weight *= self.std / std
 
@@ -186,7 +187,7 @@ def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
-    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J(φ)."""
+    """(2) -1/N Σ_i Σ_t log π(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J."""
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 
@@ -201,7 +202,7 @@ def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
     """(7) From z and g, (N, P) each, to one constant an episode, (N, 1)."""
     others = 1 - torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     products, norms = (scores * gradients).sum(dim=1), (scores * scores).sum(dim=1)
-    return (others @ products / (others @ norms)).nan_to_num().unsqueeze(1)
+    return (others @ products / (others @ norms)).nan_to_num(0, 0, 0).unsqueeze(1)
 
 
 def trajectory_gradients(policy: Policy, obs: Tensor, actions: Tensor, psi: Tensor) -> Tensor:

@@ -14,10 +14,10 @@
     N num_envs    φ policy.parameters()    Ψ psi    α learning_rate
 
 (2) averages over episodes, as the slides do; an average over steps would rescale it at random.
-The slides do not discount, so gamma is 1; below 1, (4) leaves out the γ^t of the exact gradient, as
-is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the returns grow from batch to
-batch. Its α decreases, because without a baseline the gradient stays noisy to the end. The first
-layer sees (s - mean) / std, so that small entries of a state count as well.
+The slides on policy gradients do not discount, so gamma is 1; below 1, (4) leaves out the γ^(t-1)
+of the exact gradient, as is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the
+returns grow from batch to batch. Its α decreases, because without a baseline the gradient stays
+noisy to the end. The first layer sees (s - mean) / std, so that small entries of a state count.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
@@ -65,7 +65,7 @@ class Args:
     estimator: Literal["total_return", "reward_to_go"] = "reward_to_go"  # Ψ, (3) or (4)
     learning_rate: float = 3e-2  # α at first; it is α / (1 + n / decay_steps) after n env steps
     decay_steps: int = 100_000  # env steps after which α has halved
-    gamma: float = 1.0  # discount; the slides have none
+    gamma: float = 1.0  # discount; the slides on policy gradients have none
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -83,7 +83,7 @@ class Args:
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b, where a batch changes mean and std, but not the function of s."""
+    """W (s - mean) / std + b. From the second batch on, a new mean and std keep this function."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)
@@ -93,7 +93,8 @@ class NormalizedLinear(nn.Linear):
 
     @property
     def std(self) -> Tensor:
-        return self.var.sqrt().where(self.var > 1e-6, 1)  # 1 of what has not varied yet
+        varied = self.var > 1e-6 + 1e-12 * self.mean.square()  # by 0.001, and by more than rounding
+        return self.var.sqrt().where(varied, 1)
 
     def forward(self, obs: Tensor) -> Tensor:
         return super().forward((obs - self.mean) / self.std)
@@ -106,7 +107,7 @@ class NormalizedLinear(nn.Linear):
         share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
         self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
         self.mean += share * shift
-        if self.count > 1:  # before the first batch, there is nothing to keep
+        if self.count > 1:  # the first batch sets the scale
             self.bias += self.weight @ ((self.mean - mean) / std)
             self.weight *= self.std / std
 
@@ -175,7 +176,7 @@ def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, psi: Tensor, mask: Tensor) -> Tensor:
-    """(2) -1/N Σ_i Σ_t log π_φ(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J(φ)."""
+    """(2) -1/N Σ_i Σ_t log π(a_it|s_it) Ψ_it, from (N, T) each: its gradient estimates -∇J."""
     return -(mask * log_probs * psi).sum(dim=1).mean()
 
 

@@ -109,10 +109,15 @@ def test_the_weights_are_constants_whose_gradient_is_in_the_score():
         ("per_step", [[2.0, 0.5, 3.0], [4.0, 0.25]]),
     ],
 )
-def test_equation_8_log_weights(estimator, expected):
+def test_equation_8_the_baseline_has_the_weight_of_its_step(estimator, expected):
+    """In importance_weighted_psi, where Ψ is minus the weighted baseline if there is no reward."""
     weights = offpolicy_pg.log_weights(LOG_RATIO, MASK, estimator).exp()
     torch.testing.assert_close(weights[0], torch.tensor(expected[0]))
     torch.testing.assert_close(weights[1, :2], torch.tensor(expected[1]))
+    b = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    settings = {"mask": MASK, "gamma": 0.5, "estimator": estimator, "baseline": b}
+    psi = offpolicy_pg.importance_weighted_psi(LOG_RATIO, 0 * REWARDS, **settings)
+    torch.testing.assert_close(psi, -weights * b)
 
 
 def test_kl_is_not_symmetric():

@@ -75,6 +75,13 @@ def test_equation_7_of_scores_of_any_size(scale):
     torch.testing.assert_close(baseline.squeeze(), torch.stack(expected), rtol=1e-3, atol=0)
 
 
+def test_equation_7_of_scores_whose_squares_are_0():
+    """When float32 rounds z·z to 0 but not z·g, optimal_baseline is 0, and not infinite."""
+    scores = torch.tensor([[1e-23], [1e-23]])
+    baseline = pg_baseline.optimal_baseline(scores, 130 * scores)
+    assert torch.equal(baseline, torch.zeros(2, 1))
+
+
 @pytest.mark.parametrize("largest", [1e2, 1e4, 1e6])
 def test_equation_7_does_not_see_an_episode_in_its_own_baseline(largest):
     """However much its scores outweigh the others' in optimal_baseline."""
