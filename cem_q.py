@@ -20,7 +20,7 @@
 
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
 weights and h_σ. The slide's "local minimum" is a local maximum; time/maximizing shows its "slow".
-In (1), κ = 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise, which pushes one way longer.
+In (1), κ = 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise, which pushes one way for longer.
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known
@@ -157,7 +157,7 @@ class ReplayBuffer(nn.Module):
 
 
 # Each search takes q_function, from actions (B, K, d) to Q (B, K), and returns actions (B, d). The
-# standard deviations of cem and cmaes stay above min_std, or they would end where they began.
+# standard deviations of cem and cmaes stay above min_std, or elites that coincide would end them.
 
 
 def best(q_function, actions: Tensor, count: int = 1) -> Tensor:
@@ -176,7 +176,7 @@ def argmax_grid(q_function, batch_size, d, bins=21, device=None) -> Tensor:
 
 @torch.enable_grad()
 def argmax_gradient(q_function, batch_size, d, num_samples=8, iterations=5, device=None) -> Tensor:
-    """(8) Option 2, gradient ascent: the best of where num_samples ascents end; α falls to 0."""
+    """(8) Option 2, gradient ascent: the best end of num_samples ascents; α falls linearly."""
     actions = 2 * torch.rand(batch_size, num_samples, d, device=device) - 1
     for i in range(iterations):
         (gradient,) = torch.autograd.grad(q_function(actions.requires_grad_()).sum(), actions)
@@ -244,9 +244,9 @@ def argmax_action(q_network: nn.Module, obs: Tensor, maximizer: Callable) -> Ten
     return maximizer(q_function, len(obs))
 
 
-def ou_noise(noise: Tensor, theta: float, sigma: float) -> Tensor:
+def ou_noise(noise: Tensor, kappa: float, sigma: float) -> Tensor:
     """(1) The next noise after `noise`, (N, action_dim)."""
-    return (1 - theta) * noise + sigma * torch.randn_like(noise)
+    return (1 - kappa) * noise + sigma * torch.randn_like(noise)
 
 
 def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, noise: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def train(args: Args) -> Tensor:
     q_network = QNetwork(obs_dim, action_dim).to(args.device)
     optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
     target_network = deepcopy(q_network)
-    size = 8 * args.buffer_size * (obs_dim + 2)  # bytes, of s and s' in float32 and the rest
+    size = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2)  # bytes, all in float32
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise gym.error.Error(f"the memory does not hold {size / 1e9:.0f} GB; lower --buffer-size")
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)

@@ -151,9 +151,9 @@ class ReplayBuffer(nn.Module):
         return Batch(*(getattr(self, name)[rows] for name in Batch._fields))
 
 
-def ou_noise(noise: Tensor, theta: float, sigma: float) -> Tensor:
+def ou_noise(noise: Tensor, kappa: float, sigma: float) -> Tensor:
     """(2) The next noise after `noise`, (N, action_dim)."""
-    return (1 - theta) * noise + sigma * torch.randn_like(noise)
+    return (1 - kappa) * noise + sigma * torch.randn_like(noise)
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def train(args: Args) -> Tensor:
     optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
     actor_optimizer = torch.optim.Adam(actor.parameters(), fused=True)
     target_actor, target_network = deepcopy(actor), deepcopy(q_network)
-    size = 8 * args.buffer_size * (obs_dim + 2)  # bytes, of s and s' in float32 and the rest
+    size = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2)  # bytes, all in float32
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise gym.error.Error(f"the memory does not hold {size / 1e9:.0f} GB; lower --buffer-size")
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)

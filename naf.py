@@ -74,7 +74,7 @@ class Args:
     learning_rate: float = 3e-3  # η, the step size
     anneal_lr: bool = True  # let η fall to 0 by the end
     gamma: float = 0.98  # discount
-    reward_scale: float = 0.03  # c; about 1 over the largest discounted return
+    reward_scale: float = 0.03  # c, at most 1; about 1 over the largest discounted return
     buffer_size: int = 50_000  # transitions that the buffer keeps
     batch_size: int = 128  # transitions in an update
     num_steps: int = 1  # steps of each env in a round, before its updates
@@ -158,9 +158,9 @@ def naf_q(mu: Tensor, L: Tensor, value: Tensor, actions: Tensor) -> Tensor:
     return value - 0.5 * (difference.mT @ P @ difference).squeeze((-2, -1))
 
 
-def ou_noise(noise: Tensor, theta: float, sigma: float) -> Tensor:
+def ou_noise(noise: Tensor, kappa: float, sigma: float) -> Tensor:
     """(1) The next noise after `noise`, (N, action_dim)."""
-    return (1 - theta) * noise + sigma * torch.randn_like(noise)
+    return (1 - kappa) * noise + sigma * torch.randn_like(noise)
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def train(args: Args) -> Tensor:
     q_network = NAFNetwork(obs_dim, action_dim).to(args.device)
     optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
     target_network = deepcopy(q_network)
-    size = 8 * args.buffer_size * (obs_dim + 2)  # bytes, of s and s' in float32 and the rest
+    size = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2)  # bytes, all in float32
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise gym.error.Error(f"the memory does not hold {size / 1e9:.0f} GB; lower --buffer-size")
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)
