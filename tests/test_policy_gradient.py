@@ -227,6 +227,13 @@ def test_the_first_layer_changes_its_numbers_but_not_its_function(script):
     assert not torch.allclose(layer.weight, before[0])
 
 
+@pytest.mark.parametrize(("deviation", "scale"), [(1e-4, 1), (5e-4, 1), (2e-3, 2e-3), (3, 3)])
+def test_what_varies_by_less_than_a_thousandth_is_not_scaled(script, deviation, scale):
+    layer = script.NormalizedLinear(1, 3)
+    layer.update(deviation * torch.tensor([[-1.0], [1.0]]))
+    assert layer.std.item() == pytest.approx(scale)
+
+
 @pytest.mark.parametrize("x", [123.456, 10000.3])
 def test_an_observation_that_does_not_vary_yet_is_0_and_as_it_is_when_it_does(script, x):
     """A scale of 0 would make what is rare, such as one state of many, count a thousandfold."""
