@@ -218,10 +218,10 @@ def importance_weighted_psi(
 ) -> Tensor:
     """(3) and (5) to (8), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
     weights = log_weights(log_ratio, mask, estimator).exp().nan_to_num().detach()  # no inf · 0
+    if estimator == "per_decision":
+        return reward_to_go(weights * rewards, gamma) - weights * baseline  # (6), (8)
     returns = reward_to_go(rewards, gamma)
     psi = weights * (returns[:, :1] if estimator == "trajectory" else returns)  # (3), (5), (7)
-    if estimator == "per_decision":
-        psi = reward_to_go(weights * rewards, gamma)  # (6)
     return psi - weights * baseline  # (8)
 
 

@@ -56,6 +56,19 @@ def test_ou_noise_forgets_and_is_driven(module):
     assert torch.corrcoef(white.T)[0, 1].abs() < 0.03
 
 
+@pytest.mark.parametrize("module", [dqn, *CONTINUOUS])
+def test_the_memory_that_is_asked_for_is_that_of_the_buffer(module, monkeypatch):
+    """A transition of as many bytes as GB in the message, for 10⁹ of them."""
+    discrete = module is dqn
+    obs_shape, action_shape = ((4,), ()) if discrete else ((3,), (1,))
+    dtype = torch.int64 if discrete else torch.float32
+    row = module.ReplayBuffer(1, obs_shape, action_shape, dtype, "cpu")
+    size = sum(x.nbytes for name, x in row.named_buffers() if name != "count")
+    monkeypatch.setattr(module.os, "sysconf", lambda name: 1)
+    with pytest.raises(gym.error.Error, match=rf"does not hold {size} GB"):
+        module.train(module.Args(**VALUE_TINY, buffer_size=10**9))
+
+
 def test_equation_6_update_target(value_script):
     target, online = nn.Linear(2, 2), nn.Linear(2, 2)
     before = target.weight.clone()
