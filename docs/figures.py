@@ -393,20 +393,19 @@ def race():
 
 
 FIGURES = [variance, ess, bias, maximizers, quadratic, replay, samples, race]
+LOOK = {"font.size": 10, "lines.linewidth": 2, "legend.frameon": False}
+LOOK |= {"axes.spines.top": False, "axes.spines.right": False}
+
+
+def save(draw, path):
+    with plt.rc_context(LOOK | {"figure.constrained_layout.use": True}):
+        draw().savefig(path, dpi=150)
+
 
 if __name__ == "__main__":
     names = Literal[tuple(draw.__name__ for draw in FIGURES)]
     chosen = tyro.cli(tyro.conf.Positional[tuple[names, ...]], default=(), description=__doc__)
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "lines.linewidth": 2,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-    plt.rcParams.update({"legend.frameon": False, "figure.constrained_layout.use": True})
     for draw in FIGURES:
         if not chosen or draw.__name__ in chosen:
-            draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=150)
+            save(draw, FOLDER / f"{draw.__name__}.png")
             print(FOLDER / f"{draw.__name__}.png")

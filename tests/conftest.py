@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import envs  # noqa: F401, registers them
+import numpy as np
 import pytest
 import torch
 import wandb
+from PIL import Image
 from problems import planar_lqr, scalar_lqr, small_mdp
 
 import pg_baseline
@@ -236,3 +238,9 @@ def filled_buffer(monkeypatch):
         return made[0]
 
     return run
+
+
+def same_picture(path, drawn):
+    """Whether two PNGs differ in less than a thousandth of their pixels, as fonts may."""
+    old, new = (np.asarray(Image.open(x).convert("L"), dtype=int) for x in (path, drawn))
+    return old.shape == new.shape and (abs(old - new) > 64).mean() < 0.001

@@ -12,7 +12,7 @@ from itertools import takewhile
 import pytest
 import tyro
 import yaml
-from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES, run
+from conftest import MODULES, ROOT, SCRIPTS, VALUE_BASED, VALUE_MODULES, run, same_picture
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import benchmark.plot
@@ -189,6 +189,22 @@ def test_each_figure_is_made_and_shown():
     names = {f"{name}.png" for name in re.findall(r"^def (\w+)\(\):", FIGURES, flags=re.M)}
     assert names == {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
     assert names <= set(re.findall(r"\w+\.png", "".join(page.read_text() for page in DOCS)))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        figures.variance,
+        figures.quadratic,
+        figures.race,
+        pytest.param(figures.bias, marks=pytest.mark.slow),
+    ],
+    ids=lambda draw: draw.__name__,
+)
+def test_a_figure_is_what_the_code_draws(draw, tmp_path):
+    """Those that take seconds and measure no time."""
+    figures.save(draw, tmp_path / "drawn.png")
+    assert same_picture(figures.FOLDER / f"{draw.__name__}.png", tmp_path / "drawn.png")
 
 
 def test_the_figures_get_what_the_runs_log():

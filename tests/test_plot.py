@@ -6,7 +6,7 @@ import tomllib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, same_picture
 
 from benchmark.plot import (
     Args,
@@ -18,6 +18,7 @@ from benchmark.plot import (
     interval,
     main,
     measured,
+    save,
     sections,
     table,
 )
@@ -110,6 +111,16 @@ def test_each_task_with_results_has_its_figure_on_the_page():
     for name, task in TASKS.items():
         path = f"figures/results/{file_name(name)}.png"
         assert (PAGE.parent / path).exists() == measured(RUNS, task) == (f"({path})" in text), name
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_figures_of_the_page_are_those_of_the_results(name, tmp_path):
+    path, drawn = PAGE.parent / f"figures/results/{file_name(name)}.png", tmp_path / "drawn.png"
+    save(figure(CURVES, name, TASKS[name]), drawn)
+    assert same_picture(path, drawn), "stale: run python -m benchmark.plot"
+    later = TASKS[name] | {"first_seed": TASKS[name]["first_seed"] + 1}
+    save(figure(CURVES, name, later), drawn)
+    assert not same_picture(path, drawn)
 
 
 def test_all_results_belong_to_a_command_of_the_settings():
