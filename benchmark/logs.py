@@ -39,11 +39,15 @@ def curve(run_dir: Path) -> pd.DataFrame:
 
 
 def final(run_dir: Path, rows: pd.DataFrame) -> dict:
-    """The returns at the end: in training, of the last 100 episodes, and of the greedy policy."""
+    """The returns at the end, in training and of the greedy policy.
+
+    The first is the mean of the last 20 episodes, as a value-based run logs it, or that of the last
+    batches that make up 100 episodes.
+    """
     args = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["args"]
     returns = rows["training_return"].dropna()
-    count = 1  # a logged value is the mean of the last 100 episodes
-    if "buffer_size" not in args:  # it is that of a batch
+    count = 1
+    if "buffer_size" not in args:  # each logged value is that of a batch
         count = math.ceil(100 / args["num_envs"])
     last = rows.iloc[-1]
     return {

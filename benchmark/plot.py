@@ -82,16 +82,19 @@ def table(runs: pd.DataFrame, task: dict) -> str:
         cells += [number(own["training_return"].mean()), steps, seconds]
         lines.append(f"| {' | '.join(cells)} |")
     text = HEAD + "\n".join(lines)
+    if threshold is not None:
+        text += f"\n\nSolved: a greedy return of {threshold} or more."
     if "published" in task:
         text += f"\n\nPublished: {task['published']} ({task['source']})."
     return text
 
 
 def aggregate(runs: pd.DataFrame, tasks: dict[str, dict], scripts: list[str]) -> str:
-    """Interquartile mean over runs, on the tasks that all scripts have, of their first commands.
+    """Of the tasks that all scripts have, and their first commands: interquartile mean, and mean.
 
-    A score is 0 for random actions and 1 for the published figure. The interval is that of a
-    bootstrap of the seeds within each task (Agarwal et al., 2021).
+    A score is 0 for random actions and 1 for the published figure. Each task counts alike: the
+    interquartile mean is over the first n runs of each, where n is what the shortest of them has.
+    The interval is that of a bootstrap of the seeds within each task (Agarwal et al., 2021).
     """
     found = {script: {} for script in scripts}
     for name, task in tasks.items():
@@ -102,13 +105,16 @@ def aggregate(runs: pd.DataFrame, tasks: dict[str, dict], scripts: list[str]) ->
                     score = (own["greedy_return"] - task["random"]).to_numpy()
                     found[script][name] = score / (task["published"] - task["random"])
     shared = [name for name in tasks if all(name in x for x in found.values())]
+    count = min(len(x[name]) for x in found.values() for name in shared)
     lines = []
     for script, scores in found.items():
-        samples = [scores[name] for name in shared]
+        samples = [scores[name][:count] for name in shared]
         options = {"n_resamples": 2000, "method": "percentile", "rng": 0}
         low, high = bootstrap(samples, iqm, **options).confidence_interval
-        lines.append(f"| `{script}` | {iqm(*samples):.3f} [{low:.3f}, {high:.3f}] |")
-    head = f"| on {', '.join(shared)} | score [95 %] |\n|---|---|\n"
+        mean = np.mean([scores[name].mean() for name in shared])
+        lines.append(f"| `{script}` | {iqm(*samples):.3f} [{low:.3f}, {high:.3f}] | {mean:.3f} |")
+    where = ", ".join(tasks[name]["env_id"] for name in shared)
+    head = f"| on {where} | middle half, {count} seeds each [95 %] | all |\n|---|---|---|\n"
     return head + "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ def main(args):
     with torch.no_grad():  # a linear controller that balances, so that all episodes last
         for parameter in policy.parameters():
             parameter.zero_()
-        policy.network[1].weight[0] = torch.tensor([0.05, 0.1, 1.0, 0.5])
+        policy.network[0].weight[0] = torch.tensor([0.05, 0.1, 1.0, 0.5])
         policy.network[-1].weight[1, 0], policy.network[-1].weight[0, 0] = 100.0, -100.0
     ours, floor = [], []
     for _ in range(args.repeats):

@@ -36,7 +36,7 @@ KEYS = ["env_id", "command", "seed"]
 @dataclass
 class Args:
     task: str = "small"  # a size (small, middle, mujoco, ablation) or the name of one task
-    script: str = ""  # only the commands of this script, such as dqn
+    script: str = ""  # only the commands of this script, such as dqn, or one whole command
     seeds: int = 10  # runs of each command
     settings: Path = ROOT / "benchmark/settings.toml"  # tasks, their commands and first seeds
     out: Path = Path("results")  # what is measured, and the runs themselves
@@ -69,7 +69,7 @@ def cells(tasks: dict[str, dict], task: str, script: str, seeds: int) -> list[Ce
         for i in range(seeds)
         for x in chosen.values()
         for command in x["commands"]
-        if script in ("", command.split(".py")[0])
+        if script in ("", command.split(".py")[0], command)
     ]
     if not found:
         raise SystemExit(f"--script {script}: --task {task} has no command of it")

@@ -53,6 +53,7 @@ FOLDER = Path(__file__).resolve().parent / "figures"
 # dark to light, so that they differ in grey too; the line styles help
 COLORS = ["#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+MARKERS = ["o", "s", "^", "D", "v"]
 SIZE = (9, 3.6)
 RACE = {"offpolicy_pg.py": "#0072B2", "pg_baseline.py": "#56B4E9", "reinforce.py": "#009E73"}
 RACE |= {"PPO": "#0072B2", "dqn.py": "#D55E00", "DQN": "#D55E00", "naf.py": "#009E73"}
@@ -116,6 +117,8 @@ def ess():
         for axes, values in (left, fractions), (right, largest):
             median = torch.stack(values).median(dim=0).values
             axes.semilogy(steps, median, linestyle=style, color=color, label=label)
+        square = (theta**2 + (1 - theta) ** 2) / 0.5  # E[ρ²]
+        left.semilogy(steps, square**-steps, color="0.6", linewidth=0.8)
     left.axhline(1 / N, color="0.6", linewidth=0.8)
     left.text(0, 0.95 / N, "one episode of the 1000", va="top", color="0.4")
     left.set(xlabel="horizon, steps", ylabel="effective sample size / episodes")
@@ -371,8 +374,8 @@ def race():
     with (FOLDER.parents[1] / "benchmark" / "race.csv").open() as file:
         runs = groupby(csv.DictReader(file), key=itemgetter("env_id", "system", "seed"))
         found = {key: list(rows) for key, rows in runs}
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    seconds = np.geomspace(3, 120, 400)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6))
+    seconds = np.geomspace(3, 60, 400)
     for axes, (env_id, systems) in zip(panels, SYSTEMS.items()):
         for system in systems:
             values = []
@@ -383,11 +386,18 @@ def race():
             library, algorithm = ["ours", *system.split()][-2:]
             style = {"ours": "-", "SB3": "--", "SBX": ":"}[library]
             style = {"linestyle": style, "linewidth": 1.5, "color": RACE[algorithm]}
-            axes.plot(seconds, np.median(values, axis=0), label=system, **style)
+            median = np.median(values, axis=0)
+            if library == "ours":
+                first = np.argmax(median >= PASS[env_id])
+                style |= {"marker": MARKERS[systems.index(system) % 5], "markevery": [first]}
+            axes.plot(seconds, median, label=system, **style)
         axes.axhline(PASS[env_id], color="0.6", linewidth=0.8)
+        style = {"va": "center", "color": "0.4", "transform": axes.get_yaxis_transform()}
+        axes.text(1, PASS[env_id], f"{PASS[env_id]}:\nlearned", **style)
         axes.set(title=env_id, xscale="log", xlabel="seconds since the process started")
-        axes.set_xticks([3, 5, 10, 20, 50, 100], ["3", "5", "10", "20", "50", "100"])
-        axes.legend(loc="lower right", fontsize=8)
+        axes.set_xticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
+        axes.minorticks_off()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
     panels[0].set_ylabel("greedy return, median of the seeds")
     return figure
 

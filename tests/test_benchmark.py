@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmark import contestant
+from benchmark import contestant, rollout, vectorization
 from benchmark.race import SYSTEMS, passes
 
 
@@ -79,3 +79,11 @@ def test_a_contestant_acts_as_its_script_does(script):
         expected = module.select_actions(network, obs, still)
     with torch.no_grad():
         assert torch.equal(greedy(network, obs), expected)
+
+
+def test_the_benchmarks_of_speed_run(capsys):
+    rollout.main(rollout.Args(num_envs=4, repeats=1))
+    vectorization.main(vectorization.Args(env_id="Pendulum-v1", num_envs=2, steps=3, repeats=2))
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "(100% of the rows live)" in first  # the controller balances
+    assert last.startswith("sync ") and " async " in last

@@ -56,7 +56,7 @@ def test_a_table_by_hand():
     greedy = r"2\.0 \[1\.\d, [23]\.\d\] \| 1\.0; 2 of 3 solved"
     assert re.fullmatch(rf"\| `dqn.py` \| 5 to 7 \| {greedy} \| 1.2 \| 2k \| 60 \|", lines[2])
     assert lines[3].startswith("| `naf.py --tau 1` | none yet |")
-    assert lines[-1] == "Published: 9 (somebody)."
+    assert lines[-3:] == ["Solved: a greedy return of 2 or more.", "", "Published: 9 (somebody)."]
 
 
 def test_a_table_has_the_seeds_of_its_task_alone_and_says_which_are_missing():
@@ -79,17 +79,22 @@ def test_a_curve_is_the_mean_of_the_seeds():
 
 
 def test_an_aggregate_by_hand():
-    """Of 8 scores from 0 to 1.75 the middle half has the mean 0.875; b is no task of naf.py."""
+    """Of 8 scores from 0 to 1.75 the middle half has the mean 0.875; b is no task of naf.py.
+
+    Of the scores of a task with more runs, only as many count as the other task has.
+    """
     first = few(*np.arange(1.0, 17.0, 2.0))
     tasks = {"a": TASK, "b": TASK | {"env_id": "B-v0", "commands": ["dqn.py"]}}
     runs = pd.concat([first, first.assign(command="naf.py --tau 1"), first.assign(env_id="B-v0")])
     lines = aggregate(runs, tasks, ["dqn.py", "naf.py"]).split("\n")
-    assert lines[0] == "| on a | score [95 %] |"
-    match = re.fullmatch(r"\| `naf.py` \| 0\.875 \[(0\.\d+), (1\.\d+)\] \|", lines[3])
+    assert lines[0] == "| on A-v0 | middle half, 8 seeds each [95 %] | all |"
+    match = re.fullmatch(r"\| `naf.py` \| 0\.875 \[(0\.\d+), (1\.\d+)\] \| 0\.875 \|", lines[3])
     assert float(match[1]) < 0.7 and float(match[2]) > 1.1 and lines[2][10:] == lines[3][10:]
     two = runs.assign(greedy_return=runs["greedy_return"] + 8 * (runs["env_id"] == "B-v0"))
-    lines = aggregate(two, tasks, ["dqn.py"]).split("\n")
-    assert lines[0] == "| on a, b | score [95 %] |" and "| 1.375 [" in lines[2]
+    more = few(*[801.0] * 8, first=13)
+    lines = aggregate(pd.concat([two, more]), tasks, ["dqn.py"]).split("\n")
+    assert lines[0] == "| on A-v0, B-v0 | middle half, 8 seeds each [95 %] | all |"
+    assert "| 1.375 [" in lines[2] and lines[2].endswith("| 26.156 |")  # (50.4375 + 1.875) / 2
 
 
 def test_a_page_is_filled_between_its_marks():

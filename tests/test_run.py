@@ -51,6 +51,7 @@ def test_cells_take_all_commands_of_one_seed_first():
         ("A-v0", "naf.py", 6),
     ]
     assert cells(TWO, "b", "dqn", 1) == [("B-v0", "dqn.py --dueling", 7)]
+    assert cells(TWO, "b", "dqn.py --dueling", 1) == cells(TWO, "b", "dqn", 1)
 
 
 @pytest.mark.parametrize(
