@@ -45,12 +45,7 @@ import torch
 import tyro
 import wandb
 from gymnasium.spaces import Box, flatdim
-from gymnasium.wrappers.vector import (
-    FlattenObservation,
-    RecordEpisodeStatistics,
-    RecordVideo,
-    TransformAction,
-)
+from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -123,7 +118,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B,) discrete, or (B, action_dim) normalised to [-1, 1]
     rewards: Tensor  # (B,)
     next_obs: Tensor  # (B, obs_dim), of the same episode, also at its end
-    terminations: Tensor  # (B,), 1 if next_obs has no future, 0 if the time limit came
+    terminations: Tensor  # (B,), 1 if next_obs has no future; not at a time limit
 
 
 class ReplayBuffer(nn.Module):
@@ -138,7 +133,8 @@ class ReplayBuffer(nn.Module):
 
     def add(self, *transitions: Tensor | np.ndarray) -> Tensor:
         """The fields of a Batch of any length, the oldest first; returns the rows they are in."""
-        length, capacity = len(transitions[0]), len(self.rewards)
+        length = len(transitions[0])
+        capacity = len(self.rewards)
         rows = (int(self.count) + torch.arange(length, device=self.rewards.device)) % capacity
         for name, values in zip(Batch._fields, transitions):
             stored = getattr(self, name)
@@ -193,7 +189,7 @@ def train(args: Args) -> Tensor:
     torch.set_num_threads(args.num_threads)
     env_kwargs = {"vectorization_mode": args.vectorization_mode} | json.loads(args.env_kwargs)
     envs = make_envs(args.env_id, args.num_envs, **env_kwargs)
-    envs = RecordEpisodeStatistics(envs, buffer_length=20, stats_key="training")
+    envs = wrappers.RecordEpisodeStatistics(envs, buffer_length=20, stats_key="training")
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     q_network = NAFNetwork(obs_dim, action_dim).to(args.device)
     optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
@@ -290,7 +286,7 @@ def train(args: Args) -> Tensor:
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
         film = make_envs(args.env_id, 1, **env_kwargs | {"render_mode": "rgb_array"})
-        film = RecordVideo(film, f"{run_dir}/videos")
+        film = wrappers.RecordVideo(film, f"{run_dir}/videos")
         evaluate(greedy, film, args.device)
         video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
         run.log({"eval/video": video}, step=global_step)
@@ -339,10 +335,10 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     if width > 10_000:
         raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
     if space.shape != (width,):
-        envs = FlattenObservation(envs)
+        envs = wrappers.FlattenObservation(envs)
     space = envs.single_action_space
     if isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded():
-        return TransformAction(envs, lambda actions: scale(space, actions))
+        return wrappers.TransformAction(envs, lambda actions: scale(space, actions))
     hint = "dqn.py takes Discrete; others need gymnasium.wrappers.TransformAction"
     raise gym.error.Error(f"--env-id {env_id}: {space} is not a bounded 1-D Box; {hint}")
 
@@ -384,4 +380,4 @@ if __name__ == "__main__":
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all
-        raise error.with_traceback(None) from None
+        raise error from None

@@ -42,7 +42,7 @@ import torch
 import tyro
 import wandb
 from gymnasium.spaces import Box, Discrete, flatdim
-from gymnasium.wrappers.vector import FlattenObservation, RecordVideo, TransformAction
+from gymnasium.wrappers import vector as wrappers
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call, grad, vmap
@@ -109,7 +109,8 @@ class NormalizedLinear(nn.Linear):
         """Takes in a batch, (B, obs_dim)."""
         mean, std = self.mean.clone(), self.std
         self.count += 1
-        share, shift = 1 / self.count, obs.mean(dim=0) - self.mean
+        share = 1 / self.count
+        shift = obs.mean(dim=0) - self.mean
         self.var.lerp_(obs.var(dim=0, correction=0) + (1 - share) * shift.square(), share)
         self.mean += share * shift
         if self.count > 1:  # the first batch sets the scale
@@ -330,7 +331,7 @@ def train(args: Args) -> Tensor:
     print(f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}")
     if args.capture_video:
         film = make_envs(args.env_id, 1, **env_kwargs | {"render_mode": "rgb_array"})
-        film = RecordVideo(film, f"{run_dir}/videos")
+        film = wrappers.RecordVideo(film, f"{run_dir}/videos")
         rollout(film, policy, greedy=True)
         film.close()
         video = wandb.Video(f"{run_dir}/videos/rl-video-episode-0.mp4")
@@ -363,12 +364,12 @@ def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     if width > 10_000:
         raise gym.error.Error(f"--env-id {env_id}: {width} inputs; at most 10,000 are taken")
     if space.shape != (width,):
-        envs = FlattenObservation(envs)
+        envs = wrappers.FlattenObservation(envs)
     space = envs.single_action_space
     if isinstance(space, Discrete):
-        return TransformAction(envs, lambda x: (space.start + x).astype(space.dtype))
+        return wrappers.TransformAction(envs, lambda x: (space.start + x).astype(space.dtype))
     if isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded():
-        return TransformAction(envs, lambda actions: scale(space, actions))
+        return wrappers.TransformAction(envs, lambda actions: scale(space, actions))
     hint = "neither Discrete nor a bounded 1-D Box; it needs gymnasium.wrappers.TransformAction"
     raise gym.error.Error(f"--env-id {env_id}: {space} is {hint}")
 
@@ -410,4 +411,4 @@ if __name__ == "__main__":
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all
-        raise error.with_traceback(None) from None
+        raise error from None
