@@ -1,4 +1,4 @@
-"""Environments that have to be registered by a call: --env-id benchmark.envs:MinAtar/Breakout-v1."""
+"""Environments that only a call registers: --env-id benchmark.envs:MinAtar/Breakout-v1."""
 
 import minatar.gym
 
