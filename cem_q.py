@@ -20,7 +20,7 @@
 
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
 weights and h_σ. The slide's "local minimum" is a local maximum; time/maximizing shows its "slow".
-In (1), κ = 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise, which pushes one way for longer.
+n is from ou_noise: Gaussian if κ = 1, and Ornstein-Uhlenbeck noise, which lasts longer, if less.
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known

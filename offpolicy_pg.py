@@ -244,8 +244,9 @@ def train(args: Args) -> Tensor:
     policy = Policy(obs_dim, flatdim(space), isinstance(space, Discrete)).to(args.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
     value_network = ValueNetwork(obs_dim).to(args.device)
-    fit = torch.optim.Adam(value_network.parameters(), fused=True)
-    parts = {"policy": policy, "optimizer": optimizer, "value_network": value_network, "fit": fit}
+    value_optimizer = torch.optim.Adam(value_network.parameters(), fused=True)
+    parts = {"policy": policy, "optimizer": optimizer}  # what a checkpoint holds
+    parts |= {"value_network": value_network, "value_optimizer": value_optimizer}
     global_step = 0
     if args.resume:
         state = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -302,12 +303,12 @@ def train(args: Args) -> Tensor:
         obs, returns = obs[live], returns[live]
         policy.network[0].update(obs)
         value_network[0].update(obs)
-        fit.param_groups[0]["lr"] = args.value_learning_rate
+        value_optimizer.param_groups[0]["lr"] = args.value_learning_rate
         for rows in torch.randperm(len(obs), device=args.device).split(128):
             value_loss = (value_network(obs[rows]) - returns[rows]).square().mean()
-            fit.zero_grad()
+            value_optimizer.zero_grad()
             value_loss.backward()
-            fit.step()
+            value_optimizer.step()
 
         steps = int(mask.sum())
         global_step += steps

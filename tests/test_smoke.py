@@ -28,7 +28,7 @@ NEEDS = {"alpha": {"prioritized_replay": True}, "beta": {"prioritized_replay": T
 NEEDS |= {"bins": {"maximizer": "grid"}}
 # in a checkpoint: the copy of a network, and its optimizer if that is not "optimizer"
 TARGET = {"actor": "target_actor", "q_network": "target_network"}
-ADAM = {"actor": "actor_optimizer", "value_network": "fit"}
+ADAM = {"actor": "actor_optimizer", "value_network": "value_optimizer"}
 DEFAULTS = {}  # the checkpoint of each script and the settings that a flag needs
 
 
