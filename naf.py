@@ -380,4 +380,4 @@ if __name__ == "__main__":
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all
-        raise error from None
+        raise error.with_traceback(None) from None
