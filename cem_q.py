@@ -20,7 +20,7 @@
 
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
 weights and h_σ. The slide's "local minimum" is a local maximum; time/maximizing shows its "slow".
-n is from ou_noise: Gaussian if κ = 1, and Ornstein-Uhlenbeck noise, which lasts longer, if less.
+ou_noise draws n: for κ = 1 it is Gaussian, for less Ornstein-Uhlenbeck noise, which lasts longer.
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known

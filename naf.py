@@ -18,8 +18,8 @@
 P is positive definite by (7), so argmax_a Q = μ and max_a Q = V: no search in (1), no max in (4).
 The price is in (2): as a function of a, Q is one paraboloid, however many peaks the true one has.
 With returns in the hundreds, V's errors swamp P in the layers they share: c, reward_scale, keeps Q
-near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too. n is
-from ou_noise: Gaussian if κ = 1, and Ornstein-Uhlenbeck noise, which lasts longer, if less.
+near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
+ou_noise draws n: for κ = 1 it is Gaussian, for less Ornstein-Uhlenbeck noise, which lasts longer.
 
     python naf.py --env-id Pendulum-v1
     diff dqn.py naf.py
