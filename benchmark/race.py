@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from benchmark.contestant import OURS, PASS
@@ -26,13 +27,16 @@ SYSTEMS = {
     + ["dqn.py", "SB3 DQN", "SBX DQN"],
     "Pendulum-v1": ["ddpg_continuous.py", "naf.py", "SB3 DDPG", "SBX DDPG"],
 }
+PEERS = dict.fromkeys(("offpolicy_pg.py", "pg_baseline.py", "reinforce.py"), ("SB3 PPO", "SBX PPO"))
+PEERS |= {"dqn.py": ("SB3 DQN", "SBX DQN")}
+PEERS |= dict.fromkeys(("ddpg_continuous.py", "naf.py"), ("SB3 DDPG", "SBX DDPG"))
 FIELDS = ["env_id", "system", "seed", "step", "return", "whole", "training"]
 
 
 @dataclass
 class Args:
     python: str = "peers/bin/python"  # that of the environment with the peers
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
     out: Path = Path("benchmark/race.csv")
     timeout: float = 600  # seconds that a run may take
 
@@ -63,13 +67,21 @@ def passes(rows: list[dict], threshold: float) -> tuple[dict | None, dict | None
     return tuple(None if i is None else rows[i] for i in (first, third))
 
 
-def cell(rows: list[dict | None], key: str, digits: int = 1) -> str:
-    values = ["never" if row is None else f"{float(row[key]):.{digits}f}" for row in rows]
-    return ", ".join(values)
+def column(rows: list[dict | None], key: str) -> np.ndarray:
+    """Of the rows that `passes` found, one a seed."""
+    return np.array([np.inf if row is None else float(row[key]) for row in rows])
+
+
+def spread(values: np.ndarray, digits: int = 1) -> str:
+    """The median of the seeds, the lowest and the highest; what never happens is inf."""
+    numbers = (np.median(values), values.min(), values.max())
+    texts = ["never" if np.isinf(x) else f"{x:,.{digits}f}" for x in numbers]
+    return "{} ({} to {})".format(*texts)
 
 
 def main(args: Args) -> None:
-    rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    rows = list(csv.DictReader(lines))
     done = {(row["env_id"], row["system"], int(row["seed"])) for row in rows}
     for seed in args.seeds:
         for env_id, systems in SYSTEMS.items():
@@ -81,16 +93,29 @@ def main(args: Args) -> None:
                         writer.writeheader()
                         writer.writerows(rows)
     for env_id, systems in SYSTEMS.items():
-        print(f"\n| {env_id} | whole | training | env steps | three in a row, whole |")
-        print("|---|---|---|---|---|")
+        found = {}
         for system in systems:
             own = [row for row in rows if row["env_id"] == env_id and row["system"] == system]
             own.sort(key=lambda row: int(row["seed"]))
             runs = [list(group) for _, group in groupby(own, key=lambda row: int(row["seed"]))]
             first, third = zip(*(passes(x, PASS[env_id]) for x in runs))
-            cells = [cell(first, "whole"), cell(first, "training")]
-            cells += [cell(first, "step", 0), cell(third, "whole")]
+            found[system] = {
+                "whole": column(first, "whole"),
+                "training": column(first, "training"),
+                "env steps": column(first, "step"),
+                "three in a row, whole": column(third, "whole"),
+            }
+        print(f"\n| {env_id} | {' | '.join(found[systems[0]])} |\n|---|---|---|---|---|")
+        for system, columns in found.items():
+            cells = [spread(x, 0 if name == "env steps" else 1) for name, x in columns.items()]
             print(f"| {system} | {' | '.join(cells)} |")
+        print(f"\n| {env_id}, times as fast as | whole | three in a row, whole |\n|---|---|---|")
+        for ours in (x for x in systems if x in OURS):
+            for peer in PEERS[ours]:
+                ratios = [
+                    found[peer][x] / found[ours][x] for x in ("whole", "three in a row, whole")
+                ]
+                print(f"| {ours} against {peer} | {' | '.join(map(spread, ratios))} |")
 
 
 if __name__ == "__main__":

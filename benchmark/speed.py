@@ -57,13 +57,28 @@ class Critic(ddpg_continuous.QNetwork):
         nn.Sequential.__init__(self, mlp(obs_dim + action_dim, 1))
 
 
+class Stopwatch(tqdm):
+    """The bar of `train`, which also keeps the time of the first step and that of the last."""
+
+    def __init__(self, **settings):
+        Stopwatch.times = [time.perf_counter()]
+        super().__init__(**settings)
+
+    def set_postfix_str(self, text):
+        super().set_postfix_str(text)
+        if text == "evaluation":
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            Stopwatch.times.append(time.perf_counter())
+
+
 def steps_per_second(module, **settings):
     """From the first step to the last, the log included and, as in CleanRL, the start-up not."""
-    times = []
-    module.tqdm = lambda **options: times.append(time.perf_counter()) or tqdm(**options)
-    module.evaluate = lambda *_: times.append(time.perf_counter()) or torch.zeros(1)
-    module.train(module.Args(**settings))
-    return settings["total_timesteps"] / (times[1] - times[0])
+    module.tqdm = Stopwatch
+    args = module.Args(**settings, eval_episodes=1)
+    module.train(args)
+    first, last = Stopwatch.times
+    return args.total_timesteps / (last - first)
 
 
 def cleanrl(args, script, *flags):

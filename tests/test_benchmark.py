@@ -2,12 +2,17 @@
 
 import json
 from importlib import import_module
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, VALUE_MODULES
 
-from benchmark import contestant, rollout, vectorization
+import ddpg_continuous
+import naf
+import reinforce
+from benchmark import contestant, gpu, race, rollout, speed, vectorization
 from benchmark.race import SYSTEMS, passes
 
 
@@ -24,6 +29,20 @@ def test_the_first_pass_and_the_third_in_a_row(returns, first, third):
     rows = [{"return": str(x), "whole": i} for i, x in enumerate(returns)]  # as csv has them
     found = [row and row["whole"] for row in passes(rows, 475)]
     assert found == [first, third]
+
+
+def test_the_tables_of_the_race_are_of_its_last_measurements(capsys):
+    race.main(race.Args(python="no run is missing", out=ROOT / "benchmark/race.csv"))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line]
+    page = (ROOT / "docs/results.md").read_text()
+    assert len(rows) > 20 and "\n".join(rows[:10]) in page
+    assert all(f"\n{row}\n" in page for row in rows)
+
+
+def test_what_never_happens_is_the_slowest():
+    found = [{"whole": "3.25", "step": "2000"}, None, {"whole": "1", "step": "1000"}]
+    assert race.spread(race.column(found, "whole")) == "3.2 (1.0 to never)"
+    assert race.spread(race.column(found[::2], "step"), 0) == "1,500 (1,000 to 2,000)"
 
 
 def test_the_stopwatch_stands_during_an_evaluation(monkeypatch, capsys):
@@ -79,6 +98,33 @@ def test_a_contestant_acts_as_its_script_does(script):
         expected = module.select_actions(network, obs, still)
     with torch.no_grad():
         assert torch.equal(greedy(network, obs), expected)
+
+
+def test_steps_per_second_are_of_the_whole_training(monkeypatch):
+    clock = count(10, 5)  # seconds at the first step, and at the last
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for module in (reinforce, naf):
+        monkeypatch.setattr(module, "tqdm", None)
+        settings = {
+            "num_envs": 2,
+            "wandb_mode": "disabled",
+            "env_kwargs": '{"max_episode_steps": 5}',
+        }
+        assert speed.steps_per_second(module, total_timesteps=1_100, **settings) == 220
+
+
+def test_the_comparison_of_devices_has_settings_that_hold(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "steps_per_second", lambda module, **x: module.Args(**x).num_envs)
+    for module in VALUE_MODULES:
+        monkeypatch.setattr(module, "Graph", module.Graph)
+    for name in ("Actor", "QNetwork"):
+        monkeypatch.setattr(ddpg_continuous, name, getattr(ddpg_continuous, name))
+    gpu.main(gpu.Args(device="cpu", repeats=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * 2 + 4 * 3 + 2
+    assert lines[-3:-1] == ["cem_q.py, GPU, one launch a kernel: 8 steps/s"] + [
+        "ddpg_continuous.py, large: 8 steps/s"
+    ]
 
 
 def test_the_benchmarks_of_speed_run(capsys):
