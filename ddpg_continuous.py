@@ -61,7 +61,7 @@ class Args:
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
     capture_video: bool = False  # film one more greedy episode at the end
-    resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
+    resume: str = ""  # checkpoint.pt to go on from; its flags, but for --device, are the defaults
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     learning_rate: float = 3e-3  # η, the step size
@@ -189,8 +189,8 @@ def train(args: Args) -> Tensor:
     obs_dim, action_dim = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     actor = Actor(obs_dim, action_dim).to(args.device)
     q_network = QNetwork(obs_dim, action_dim).to(args.device)
-    optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), fused=True)
+    optimizer = torch.optim.Adam(q_network.parameters(), fused=True, capturable=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), fused=True, capturable=True)
     target_actor, target_network = deepcopy(actor), deepcopy(q_network)
     size = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2)  # bytes, all in float32
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
@@ -220,6 +220,30 @@ def train(args: Args) -> Tensor:
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
 
+    def update(learning_rate: float, *transitions: Tensor) -> tuple:
+        """One step on a batch: its loss, Q_φ(s_i, a_i), and the loss of the actor."""
+        batch = Batch(*transitions)
+        y = td_target(batch, target_actor, target_network, args.gamma)  # (4)
+        q_values = q_network(batch.obs, batch.actions)
+        loss = 0.5 * (q_values - y).square().mean()
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()  # (5)
+
+        policy_loss = actor_loss(actor, q_network, batch.obs)
+        actor_optimizer.param_groups[0]["lr"] = learning_rate
+        actor_optimizer.zero_grad()
+        policy_loss.backward(inputs=list(actor.parameters()))
+        actor_optimizer.step()  # (7)
+
+        update_target(target_network, q_network, args.tau)  # (6)
+        update_target(target_actor, actor, args.tau)  # (6)
+        return loss.detach(), q_values.detach(), policy_loss.detach()
+
+    if args.device == "cuda":
+        update = Graph(update)
+
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)
     noise = torch.zeros(args.num_envs, action_dim, device=args.device)
@@ -244,25 +268,10 @@ def train(args: Args) -> Tensor:
 
         # 2. update on transitions of the buffer
         learning_rate = args.learning_rate * (1 - passed) if args.anneal_lr else args.learning_rate
-        optimizer.param_groups[0]["lr"] = learning_rate
-        actor_optimizer.param_groups[0]["lr"] = learning_rate
         num_updates = 0 if steps == 0 or global_step < args.learning_starts else args.num_updates
         for _ in range(num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
-            y = td_target(batch, target_actor, target_network, args.gamma)  # (4)
-            q_values = q_network(batch.obs, batch.actions)
-            loss = 0.5 * (q_values - y).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()  # (5)
-
-            policy_loss = actor_loss(actor, q_network, batch.obs)
-            actor_optimizer.zero_grad()
-            policy_loss.backward(inputs=list(actor.parameters()))
-            actor_optimizer.step()  # (7)
-
-            update_target(target_network, q_network, args.tau)  # (6)
-            update_target(target_actor, actor, args.tau)  # (6)
+            loss, q_values, policy_loss = update(learning_rate, *batch)
 
         progress.update(steps)
         seconds = time.perf_counter() - start
@@ -321,6 +330,31 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
     raise gym.error.Error("""no end in 50,000 steps: --env-kwargs '{"max_episode_steps": 1000}'""")
 
 
+class Graph:
+    """A function that a GPU records at its fourth call, and from then on replays as one launch.
+
+    The kernels of a small network take less time than it takes to launch them one by one. Inputs
+    keep their shapes; outputs are detached, and hold until the next call.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *inputs: Tensor | float) -> Tensor | tuple:
+        self.calls += 1
+        if self.calls < 4:  # optimizers and libraries create their state
+            return self.function(*inputs)
+        if self.calls == 4:
+            self.inputs = [torch.as_tensor(x, device="cuda").clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for recorded, given in zip(self.inputs, inputs):
+            recorded[...] = given
+        self.graph.replay()
+        return self.outputs
+
+
 def scale(space: Box, actions: np.ndarray) -> np.ndarray:
     """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
     share = ((actions.astype(np.float64) + 1) / 2).clip(0, 1)
@@ -365,7 +399,7 @@ def save_checkpoint(run_dir: Path, state: dict) -> float:
 
 
 def defaults(resume: str = "") -> Args:
-    """Settings of the run to resume, if any; the device is that of this machine."""
+    """Settings of the run to resume, if any, but for its device, which may not be here."""
     if not resume:
         return Args()
     try:

@@ -64,7 +64,7 @@ class Args:
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
     capture_video: bool = False  # film one more greedy episode at the end
-    resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
+    resume: str = ""  # checkpoint.pt to go on from; its flags, but for --device, are the defaults
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     learning_rate: float = 4e-3  # η, the step size
@@ -238,7 +238,7 @@ def train(args: Args) -> Tensor:
     else:
         q_network = QNetwork(obs_dim, num_actions, args.dueling).to(args.device)
         # eps: where the gradient is mere noise, Adam would still take a full step
-        optimizer = torch.optim.Adam(q_network.parameters(), eps=1e-3, fused=True)
+        optimizer = torch.optim.Adam(q_network.parameters(), eps=1e-3, fused=True, capturable=True)
     target_network = deepcopy(q_network)
     size = 8 * args.buffer_size * (obs_dim + 2)  # bytes, of s and s' in float32 and the rest
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
@@ -268,6 +268,21 @@ def train(args: Args) -> Tensor:
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
 
+    def update(learning_rate: float, weights: Tensor | float, *transitions: Tensor) -> tuple:
+        """One step on a batch: its loss, Q_φ(s_i, a_i), and the errors Q_φ(s_i, a_i) - y_i."""
+        batch = Batch(*transitions)
+        y = td_target(batch, q_network, target_network, args.gamma, args.double_q)  # (4), (7)
+        q_values = q_network(batch.obs).gather(-1, batch.actions[:, None]).squeeze(-1)
+        loss = 0.5 * (weights * (q_values - y).square()).mean()
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()  # (5)
+        return loss.detach(), q_values.detach(), (q_values - y).detach()
+
+    if args.device == "cuda" and not args.tabular:
+        update = Graph(update)
+
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
     live = np.ones(args.num_envs, dtype=bool)
     age = 0.0  # of φ⁻: env steps since the last copy, each times η / learning_rate
@@ -289,7 +304,6 @@ def train(args: Args) -> Tensor:
 
         # 2. update on transitions of the buffer
         learning_rate = args.learning_rate * (1 - passed) if args.anneal_lr else args.learning_rate
-        optimizer.param_groups[0]["lr"] = learning_rate
         num_updates = 0 if steps == 0 or global_step < args.learning_starts else args.num_updates
         for _ in range(num_updates):
             if args.prioritized_replay:
@@ -297,14 +311,9 @@ def train(args: Args) -> Tensor:
                 batch, rows, weights = buffer.sample(args.batch_size, beta)  # (9)
             else:
                 batch, weights = buffer.sample(args.batch_size), 1.0  # (3)
-            y = td_target(batch, q_network, target_network, args.gamma, args.double_q)  # (4), (7)
-            q_values = q_network(batch.obs).gather(-1, batch.actions[:, None]).squeeze(-1)
-            loss = 0.5 * (weights * (q_values - y).square()).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()  # (5)
+            loss, q_values, td_errors = update(learning_rate, weights, *batch)
             if args.prioritized_replay:
-                buffer.update_priorities(rows, (q_values - y).detach(), args.alpha)  # (9)
+                buffer.update_priorities(rows, td_errors, args.alpha)  # (9)
         age += steps * (1 - passed) if args.anneal_lr else steps
         if age >= args.target_network_frequency:
             update_target(target_network, q_network, args.tau)  # (6)
@@ -367,6 +376,31 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
     raise gym.error.Error("""no end in 50,000 steps: --env-kwargs '{"max_episode_steps": 1000}'""")
 
 
+class Graph:
+    """A function that a GPU records at its fourth call, and from then on replays as one launch.
+
+    The kernels of a small network take less time than it takes to launch them one by one. Inputs
+    keep their shapes; outputs are detached, and hold until the next call.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *inputs: Tensor | float) -> Tensor | tuple:
+        self.calls += 1
+        if self.calls < 4:  # optimizers and libraries create their state
+            return self.function(*inputs)
+        if self.calls == 4:
+            self.inputs = [torch.as_tensor(x, device="cuda").clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for recorded, given in zip(self.inputs, inputs):
+            recorded[...] = given
+        self.graph.replay()
+        return self.outputs
+
+
 def make_envs(env_id: str, num_envs: int, /, **kwargs) -> gym.vector.VectorEnv:
     """Vector env of flat observations, whose actions are counted from 0."""
     envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
@@ -404,7 +438,7 @@ def save_checkpoint(run_dir: Path, state: dict) -> float:
 
 
 def defaults(resume: str = "") -> Args:
-    """Settings of the run to resume, if any; the device is that of this machine."""
+    """Settings of the run to resume, if any, but for its device, which may not be here."""
     if not resume:
         return Args()
     try:

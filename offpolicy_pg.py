@@ -57,12 +57,11 @@ class Args:
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
     total_timesteps: int = 100_000  # env steps; the last batch is completed
     num_envs: int = 16  # N, the envs stepped at once; a batch holds one episode of each
-    # where the networks and the data are; cuda if there is one
-    device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda", "mps"] = "cpu"  # the CPU is faster for networks of this size
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
     capture_video: bool = False  # film one more greedy episode at the end
-    resume: str = ""  # checkpoint.pt of a run to go on with; flags you leave out keep its values
+    resume: str = ""  # checkpoint.pt to go on from; its flags, but for --device, are the defaults
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
     estimator: Literal["trajectory", "causal", "per_decision", "per_step"] = "per_step"  # Ψ
@@ -400,7 +399,7 @@ def save_checkpoint(run_dir: Path, state: dict) -> float:
 
 
 def defaults(resume: str = "") -> Args:
-    """Settings of the run to resume, if any; the device is that of this machine."""
+    """Settings of the run to resume, if any, but for its device, which may not be here."""
     if not resume:
         return Args()
     try:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from unittest.mock import patch
 
 import envs  # noqa: F401, registers them
 import numpy as np
@@ -20,8 +21,9 @@ import pg_baseline
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["reinforce", "pg_baseline", "offpolicy_pg"]
 VALUE_BASED = ["dqn", "cem_q", "naf", "ddpg_continuous"]
-MODULES = [importlib.import_module(name) for name in SCRIPTS]
-VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
+with patch("torch.cuda.is_available", return_value=False):  # cpu is then the default device
+    MODULES = [importlib.import_module(name) for name in SCRIPTS]
+    VALUE_MODULES = [importlib.import_module(name) for name in VALUE_BASED]
 
 # the flags about the machine or the log, which leave what is learned as it is
 INERT = {"device", "num_threads", "eval_episodes", "wandb_mode", "wandb_project", "capture_video"}
@@ -70,7 +72,8 @@ def options(module, tiny):
 def start(script, *flags, cwd, **settings):
     """The script as a user starts it, from `cwd`."""
     command = [sys.executable, ROOT / f"{script}.py", *map(str, flags)]
-    settings |= {"env": {**os.environ, "PYTHONPATH": str(ROOT / "tests")}, "text": True}
+    environment = {"PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": ""}
+    settings |= {"env": os.environ | environment, "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     STARTED.append(subprocess.Popen(command, cwd=cwd, **pipes, **settings))
     return STARTED[-1]

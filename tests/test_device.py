@@ -4,11 +4,13 @@ The second device is the CPU under the name of "meta", so that it needs no GPU: 
 data, and an operation that mixes them with those of the CPU is an error, as it would be on a GPU.
 """
 
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VALUE_MODULES
+from conftest import TINY, VALUE_MODULES, VALUE_TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -73,10 +75,12 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         yield request.param
         return
-    adam = torch.optim.Adam  # fused knows no such device
-    monkeypatch.setattr(
-        torch.optim, "Adam", lambda *args, fused, **kw: adam(*args, foreach=False, **kw)
-    )
+    adam = torch.optim.Adam
+
+    def plain(*args, fused, capturable=False, **settings):  # fused knows no such device
+        return adam(*args, foreach=False, **settings)
+
+    monkeypatch.setattr(torch.optim, "Adam", plain)
     here = SimpleNamespace(is_available=lambda: True)
     monkeypatch.setattr(torch, "meta", here, raising=False)
     with MetaMode():
@@ -116,3 +120,101 @@ def test_a_whole_run_is_on_its_device(module, own, device, monkeypatch):
     tensors = [x for x in tree_leaves(parts) if isinstance(x, torch.Tensor)]
     assert {x.device.type for x in tensors if x.dim() > 0} == {device}  # Adam counts on the CPU
     assert len(tensors) > 5
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph on the CPU: it keeps the operations, and repeats them on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        if self.replays == 1:  # a GPU records without computing; here that was the first
+            return
+        for func, args, kwargs, result in self.operations:
+            new = func(*args, **kwargs)
+            for old, value in zip(tree_leaves(result), tree_leaves(new), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.detach().copy_(value)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """A CPU that records as a GPU does."""
+
+    @contextmanager
+    def record(graph):
+        with graph:
+            yield
+
+    as_tensor = torch.as_tensor
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch, "as_tensor", lambda data, device: as_tensor(data))
+
+
+def test_replays_make_the_steps_of_an_eager_update(value_script, recording):
+    """From other inputs each time, with a state that is created at first, as Adam's is."""
+    runs = []
+    for wrap in (value_script.Graph, lambda update: update):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True, capturable=True)
+
+        def update(learning_rate, obs, network=network, optimizer=optimizer):
+            loss = (network(obs) - 1).square().mean()
+            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach(), network.weight.detach()
+
+        update, batches, outputs = wrap(update), torch.rand(8, 5, 3), []
+        given = batches.clone()
+        for i, obs in enumerate(given):
+            outputs.append([x.clone() for x in update(0.1 / (i + 1), obs)])
+        assert given.equal(batches)
+        runs.append(outputs)
+    torch.testing.assert_close(*runs)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+LEARNED = [(dqn, {}), (dqn, {"double_q": True, "dueling": True}), (dqn, {"tabular": True})]
+LEARNED += [(dqn, {"prioritized_replay": True}), (naf, {}), (ddpg_continuous, {})]
+LEARNED += [(cem_q, {"maximizer": x}) for x in ("grid", "gradient", "cem", "cmaes")]
+
+
+def final_state(module, own, monkeypatch):
+    kept = []
+    monkeypatch.setattr(module, "save_checkpoint", lambda run_dir, state: kept.append(state) or 0.0)
+    module.train(module.Args(**VALUE_TINY | {"device": "cuda"} | own))
+    return kept[-1]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("module", "own"), LEARNED, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_gpu_learns_alike_with_and_without_recording(module, own, monkeypatch):
+    recorded = final_state(module, own, monkeypatch)
+    searches = own.get("maximizer") in ("gradient", "cem")  # their draws come in another order
+    monkeypatch.setattr(module, "Graph", lambda function: function)
+    eager = final_state(module, own, monkeypatch)
+    if not searches:
+        torch.testing.assert_close(recorded["q_network"], eager["q_network"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids="-".join)
+def test_a_run_goes_on_on_another_device(module, devices):
+    tiny = (VALUE_TINY if module in VALUE_MODULES else TINY) | {"total_timesteps": 400}
+    module.train(module.Args(**tiny, device=devices[0]))
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    settings = tiny | {"total_timesteps": 800, "resume": str(path)}
+    assert module.train(module.Args(**settings, device=devices[1])).isfinite().all()
+    assert torch.load(path)["global_step"] >= 800
