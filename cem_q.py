@@ -281,12 +281,12 @@ def train(args: Args) -> Tensor:
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise gym.error.Error(f"the memory does not hold {size / 1e9:.0f} GB; lower --buffer-size")
     buffer = ReplayBuffer(args.buffer_size, (obs_dim,), (action_dim,), torch.float32, args.device)
-    search = {"num_samples": args.num_samples, "iterations": args.iterations}
+    common = {"num_samples": args.num_samples, "iterations": args.iterations}
     maximizer, settings = {
         "grid": (argmax_grid, {"bins": args.bins}),  # (7)
-        "gradient": (argmax_gradient, search),  # (8)
-        "cem": (argmax_cem, search | {"num_elites": args.num_elites}),  # (9)
-        "cmaes": (argmax_cmaes, search),  # (10)
+        "gradient": (argmax_gradient, common),  # (8)
+        "cem": (argmax_cem, common | {"num_elites": args.num_elites}),  # (9)
+        "cmaes": (argmax_cmaes, common),  # (10)
     }[args.maximizer]
     maximizer = partial(maximizer, d=action_dim, device=args.device, **settings)
     points = args.bins**action_dim
@@ -315,11 +315,11 @@ def train(args: Args) -> Tensor:
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
 
-    search = partial(argmax_action, target_network, maximizer=maximizer)
+    search = partial(argmax_action, target_network, maximizer=maximizer)  # timed by itself
 
     def update(learning_rate: float, next_actions: Tensor, *transitions: Tensor) -> tuple:
         """One step on a batch: its loss, and Q_φ(s_i, a_i)."""
-        batch = Batch(*transitions)
+        batch = Batch(*transitions)  # Graph takes them one by one
         y = td_target(batch, next_actions, target_network, args.gamma)  # (4)
         q_values = q_network(batch.obs, batch.actions)
         loss = 0.5 * (q_values - y).square().mean()
@@ -366,7 +366,7 @@ def train(args: Args) -> Tensor:
             search_start = time.perf_counter()
             next_actions = search(batch.next_obs)  # (2)
             maximizing += time.perf_counter() - search_start
-            loss, q_values = update(learning_rate, next_actions, *batch)
+            loss, q_values = update(learning_rate, next_actions, *batch)  # (4) to (6)
 
         progress.update(steps)
         seconds = time.perf_counter() - start
@@ -428,10 +428,10 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
 
 
 class Graph:
-    """A function that a GPU records at its fourth call, and from then on replays as one launch.
+    """A function that a GPU records as a CUDA graph at its fourth call, then replays as one launch.
 
-    The kernels of a small network take less time than it takes to launch them one by one. Inputs
-    keep their shapes; outputs are detached, and hold until the next call.
+    A small network's kernels take less time than their launches. A replay runs no Python: what is
+    to change must be an input of one shape. Outputs must be detached, and last until the next call.
     """
 
     def __init__(self, function: Callable):
@@ -439,7 +439,7 @@ class Graph:
 
     def __call__(self, *inputs: Tensor | float) -> Tensor | tuple:
         self.calls += 1
-        if self.calls < 4:  # optimizers and libraries create their state
+        if self.calls < 4:  # while optimizers and libraries create their state
             return self.function(*inputs)
         if self.calls == 4:
             self.inputs = [torch.as_tensor(x, device="cuda").clone() for x in inputs]

@@ -222,7 +222,7 @@ def train(args: Args) -> Tensor:
 
     def update(learning_rate: float, *transitions: Tensor) -> tuple:
         """One step on a batch: its loss, Q_φ(s_i, a_i), and the loss of the actor."""
-        batch = Batch(*transitions)
+        batch = Batch(*transitions)  # Graph takes them one by one
         y = td_target(batch, target_actor, target_network, args.gamma)  # (4)
         q_values = q_network(batch.obs, batch.actions)
         loss = 0.5 * (q_values - y).square().mean()
@@ -271,7 +271,7 @@ def train(args: Args) -> Tensor:
         num_updates = 0 if steps == 0 or global_step < args.learning_starts else args.num_updates
         for _ in range(num_updates):
             batch = buffer.sample(args.batch_size)  # (3)
-            loss, q_values, policy_loss = update(learning_rate, *batch)
+            loss, q_values, policy_loss = update(learning_rate, *batch)  # (4) to (7)
 
         progress.update(steps)
         seconds = time.perf_counter() - start
@@ -331,10 +331,10 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
 
 
 class Graph:
-    """A function that a GPU records at its fourth call, and from then on replays as one launch.
+    """A function that a GPU records as a CUDA graph at its fourth call, then replays as one launch.
 
-    The kernels of a small network take less time than it takes to launch them one by one. Inputs
-    keep their shapes; outputs are detached, and hold until the next call.
+    A small network's kernels take less time than their launches. A replay runs no Python: what is
+    to change must be an input of one shape. Outputs must be detached, and last until the next call.
     """
 
     def __init__(self, function: Callable):
@@ -342,7 +342,7 @@ class Graph:
 
     def __call__(self, *inputs: Tensor | float) -> Tensor | tuple:
         self.calls += 1
-        if self.calls < 4:  # optimizers and libraries create their state
+        if self.calls < 4:  # while optimizers and libraries create their state
             return self.function(*inputs)
         if self.calls == 4:
             self.inputs = [torch.as_tensor(x, device="cuda").clone() for x in inputs]

@@ -270,7 +270,7 @@ def train(args: Args) -> Tensor:
 
     def update(learning_rate: float, weights: Tensor | float, *transitions: Tensor) -> tuple:
         """One step on a batch: its loss, Q_φ(s_i, a_i), and the errors Q_φ(s_i, a_i) - y_i."""
-        batch = Batch(*transitions)
+        batch = Batch(*transitions)  # Graph takes them one by one
         y = td_target(batch, q_network, target_network, args.gamma, args.double_q)  # (4), (7)
         q_values = q_network(batch.obs).gather(-1, batch.actions[:, None]).squeeze(-1)
         loss = 0.5 * (weights * (q_values - y).square()).mean()
@@ -280,7 +280,7 @@ def train(args: Args) -> Tensor:
         optimizer.step()  # (5)
         return loss.detach(), q_values.detach(), (q_values - y).detach()
 
-    if args.device == "cuda" and not args.tabular:
+    if args.device == "cuda" and not args.tabular:  # a plain step needs η on the CPU
         update = Graph(update)
 
     next_obs, _ = envs.reset(seed=int(torch.randint(2**31 - args.num_envs, ())))
@@ -311,7 +311,7 @@ def train(args: Args) -> Tensor:
                 batch, rows, weights = buffer.sample(args.batch_size, beta)  # (9)
             else:
                 batch, weights = buffer.sample(args.batch_size), 1.0  # (3)
-            loss, q_values, td_errors = update(learning_rate, weights, *batch)
+            loss, q_values, td_errors = update(learning_rate, weights, *batch)  # (4), (5)
             if args.prioritized_replay:
                 buffer.update_priorities(rows, td_errors, args.alpha)  # (9)
         age += steps * (1 - passed) if args.anneal_lr else steps
@@ -377,10 +377,10 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, device: str) -> Tenso
 
 
 class Graph:
-    """A function that a GPU records at its fourth call, and from then on replays as one launch.
+    """A function that a GPU records as a CUDA graph at its fourth call, then replays as one launch.
 
-    The kernels of a small network take less time than it takes to launch them one by one. Inputs
-    keep their shapes; outputs are detached, and hold until the next call.
+    A small network's kernels take less time than their launches. A replay runs no Python: what is
+    to change must be an input of one shape. Outputs must be detached, and last until the next call.
     """
 
     def __init__(self, function: Callable):
@@ -388,7 +388,7 @@ class Graph:
 
     def __call__(self, *inputs: Tensor | float) -> Tensor | tuple:
         self.calls += 1
-        if self.calls < 4:  # optimizers and libraries create their state
+        if self.calls < 4:  # while optimizers and libraries create their state
             return self.function(*inputs)
         if self.calls == 4:
             self.inputs = [torch.as_tensor(x, device="cuda").clone() for x in inputs]

@@ -57,7 +57,7 @@ class Args:
     seed: int = 1  # fixes the whole run, bit for bit on a CPU
     total_timesteps: int = 100_000  # env steps; the last batch is completed
     num_envs: int = 32  # N, the envs stepped at once; a batch holds one episode of each
-    device: Literal["cpu", "cuda", "mps"] = "cpu"  # the CPU is faster for networks of this size
+    device: Literal["cpu", "cuda", "mps"] = "cpu"  # where the networks are; a GPU is slower here
     num_threads: int = 1  # CPU threads; one is fastest for networks of this size
     eval_episodes: int = 100  # greedy episodes at the end, from the same starts in every run
     capture_video: bool = False  # film one more greedy episode at the end

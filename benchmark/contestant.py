@@ -116,7 +116,7 @@ def ours(script, env_id, seed):
 
     setattr(module, name, Network)
     module.tqdm = Progress
-    module.train(module.Args(env_id=env_id, seed=seed))
+    module.train(module.Args(env_id=env_id, seed=seed, device="cpu"))
 
 
 def baselines(library, algorithm, env_id, seed):

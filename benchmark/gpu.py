@@ -1,4 +1,4 @@
-"""Steps/s of the default commands on a CPU and on a GPU, and of DDPG with large networks there.
+"""Steps/s of the default settings on a CPU and on a GPU, and of DDPG with large networks.
 
 python -m benchmark.gpu
 """
@@ -40,20 +40,27 @@ def main(args: Args) -> None:
         for module, steps in (POLICY_GRADIENT | VALUE_BASED).items():
             settings = {"total_timesteps": args.steps or steps}
             measure("CPU", module, device="cpu", **settings)
-            measure("GPU", module, device=args.device, **settings)
             if module in graphs:
+                measure("GPU", module, device=args.device, **settings)
                 module.Graph = lambda function: function
-                measure("GPU, one launch a kernel", module, device=args.device, **settings)
+            measure("GPU, a launch for each kernel", module, device=args.device, **settings)
+            if module in graphs:
                 module.Graph = graphs[module]
 
     # an update of both networks, 256 units twice, on 256 transitions in every env step
     ddpg_continuous.Actor, ddpg_continuous.QNetwork = Actor, Critic
-    settings = {"env_id": "HalfCheetah-v5", "num_envs": 8, "num_updates": 8, "batch_size": 256}
-    settings |= {"learning_starts": 8, "buffer_size": 1_000_000, "device": args.device}
-    measure("large", ddpg_continuous, total_timesteps=args.steps or 20_000, **settings)
+    large = {"env_id": "HalfCheetah-v5", "batch_size": 256, "buffer_size": 1_000_000}
+
+    def measure_large(name: str, steps: int, num_envs: int, **settings) -> None:
+        settings |= {"num_envs": num_envs, "num_updates": num_envs, "learning_starts": num_envs}
+        measure(name, ddpg_continuous, total_timesteps=args.steps or steps, **large, **settings)
+
+    for threads in (1, 8):
+        measure_large(f"large, CPU, {threads} threads", 1_000, 8, device="cpu", num_threads=threads)
+    measure_large("large, GPU", 20_000, 8, device=args.device)
+    measure_large("large, GPU, one env", 6_000, 1, device=args.device)
     ddpg_continuous.Graph = lambda function: function
-    name = "large, one launch a kernel"
-    measure(name, ddpg_continuous, total_timesteps=args.steps or 3_000, **settings)
+    measure_large("large, GPU, a launch for each kernel", 3_000, 8, device=args.device)
 
 
 if __name__ == "__main__":

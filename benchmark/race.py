@@ -27,9 +27,8 @@ SYSTEMS = {
     + ["dqn.py", "SB3 DQN", "SBX DQN"],
     "Pendulum-v1": ["ddpg_continuous.py", "naf.py", "SB3 DDPG", "SBX DDPG"],
 }
-PEERS = dict.fromkeys(("offpolicy_pg.py", "pg_baseline.py", "reinforce.py"), ("SB3 PPO", "SBX PPO"))
-PEERS |= {"dqn.py": ("SB3 DQN", "SBX DQN")}
-PEERS |= dict.fromkeys(("ddpg_continuous.py", "naf.py"), ("SB3 DDPG", "SBX DDPG"))
+PEERS = {"offpolicy_pg.py": "PPO", "pg_baseline.py": "PPO", "reinforce.py": "PPO", "dqn.py": "DQN"}
+PEERS |= {"ddpg_continuous.py": "DDPG", "naf.py": "DDPG"}
 FIELDS = ["env_id", "system", "seed", "step", "return", "whole", "training"]
 
 
@@ -72,10 +71,10 @@ def column(rows: list[dict | None], key: str) -> np.ndarray:
     return np.array([np.inf if row is None else float(row[key]) for row in rows])
 
 
-def spread(values: np.ndarray, digits: int = 1) -> str:
+def spread(values: np.ndarray, digits: int = 1, never: str = "never") -> str:
     """The median of the seeds, the lowest and the highest; what never happens is inf."""
     numbers = (np.median(values), values.min(), values.max())
-    texts = ["never" if np.isinf(x) else f"{x:,.{digits}f}" for x in numbers]
+    texts = [never if np.isinf(x) else f"{x:,.{digits}f}" for x in numbers]
     return "{} ({} to {})".format(*texts)
 
 
@@ -109,13 +108,13 @@ def main(args: Args) -> None:
         for system, columns in found.items():
             cells = [spread(x, 0 if name == "env steps" else 1) for name, x in columns.items()]
             print(f"| {system} | {' | '.join(cells)} |")
-        print(f"\n| {env_id}, times as fast as | whole | three in a row, whole |\n|---|---|---|")
+        both = ("whole", "three in a row, whole")
+        print(f"\n| {env_id}, how many times as fast | {' | '.join(both)} |\n|---|---|---|")
         for ours in (x for x in systems if x in OURS):
-            for peer in PEERS[ours]:
-                ratios = [
-                    found[peer][x] / found[ours][x] for x in ("whole", "three in a row, whole")
-                ]
-                print(f"| {ours} against {peer} | {' | '.join(map(spread, ratios))} |")
+            for peer in (f"SB3 {PEERS[ours]}", f"SBX {PEERS[ours]}"):
+                ratios = [found[peer][x] / found[ours][x] for x in both]
+                cells = [spread(x, never="∞") for x in ratios]
+                print(f"| {ours} against {peer} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -67,18 +67,18 @@ class Stopwatch(tqdm):
     def set_postfix_str(self, text):
         super().set_postfix_str(text)
         if text == "evaluation":
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             Stopwatch.times.append(time.perf_counter())
+            Stopwatch.steps = self.n
 
 
 def steps_per_second(module, **settings):
     """From the first step to the last, the log included and, as in CleanRL, the start-up not."""
     module.tqdm = Stopwatch
-    args = module.Args(**settings, eval_episodes=1)
-    module.train(args)
+    module.train(module.Args(**settings, eval_episodes=1))
     first, last = Stopwatch.times
-    return args.total_timesteps / (last - first)
+    return Stopwatch.steps / (last - first)
 
 
 def cleanrl(args, script, *flags):
@@ -94,13 +94,13 @@ def main(args):
     dqn.QNetwork, ddpg_continuous.Actor, ddpg_continuous.QNetwork = QNetwork, Actor, Critic
     for _ in range(args.repeats):  # one update every 10 env steps; one every step
         settings = {"buffer_size": 10_000, "learning_starts": 10_000, "batch_size": 128}
-        settings |= {"total_timesteps": 60_000, "num_envs": 60, "num_updates": 6}
+        settings |= {"total_timesteps": 60_000, "num_envs": 60, "num_updates": 6, "device": "cpu"}
         print(f"dqn.py: {steps_per_second(dqn, **settings):,.0f} steps/s")
         if args.cleanrl:
             speed = cleanrl(args, "dqn.py", "--total-timesteps", "60000")
             print(f"CleanRL's dqn.py: {speed:,} steps/s")
         settings = {"learning_starts": 100, "batch_size": 256, "total_timesteps": 4_000}
-        settings |= {"num_envs": 8, "num_updates": 8}
+        settings |= {"num_envs": 8, "num_updates": 8, "device": "cpu"}
         print(f"ddpg_continuous.py: {steps_per_second(ddpg_continuous, **settings):,.0f} steps/s")
         if args.cleanrl:
             flags = ["--env-id", "Pendulum-v1", "--learning-starts", "100"]
