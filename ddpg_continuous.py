@@ -421,4 +421,5 @@ if __name__ == "__main__":
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all
+        sys.modules["tabulate"] = None  # if PyTorch imports it at exit, Python forgets a Ctrl-C
         raise error.with_traceback(None) from None

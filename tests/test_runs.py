@@ -875,6 +875,8 @@ SLOW_SIGNALS = [pytest.param(x, marks=pytest.mark.slow) for x in ([INT], [TERM],
 
 @pytest.mark.parametrize("numbers", [[INT, TERM], *SLOW_SIGNALS])
 def test_signals_end_an_episode_without_end(numbers, tmp_path):
+    # PyTorch imports it at exit, and after a call of exec Python forgets what ended the process
+    (tmp_path / "tabulate.py").write_text("from collections import namedtuple as f; f('Line', [])")
     process = start("reinforce", "--env-id", "envs:Forever-v0", cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/wandb/offline-run-*")), process)
     time.sleep(1)
