@@ -109,15 +109,21 @@ def test_steps_per_second_are_of_the_whole_training(monkeypatch):
 
 
 def test_the_comparison_of_devices_has_settings_that_hold(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "steps_per_second", lambda module, **x: module.Args(**x).num_envs)
+    def recorded(module, **settings):
+        """1 steps/s where the updates are recorded, and else 0."""
+        args = module.Args(**settings)
+        return args.wandb_mode == "disabled" and isinstance(getattr(module, "Graph", None), type)
+
+    monkeypatch.setattr(gpu, "steps_per_second", recorded)
     for module in VALUE_MODULES:
         monkeypatch.setattr(module, "Graph", module.Graph)
     for name in ("Actor", "QNetwork"):
         monkeypatch.setattr(ddpg_continuous, name, getattr(ddpg_continuous, name))
-    gpu.main(gpu.Args(device="cpu", repeats=1))
+    gpu.main(gpu.Args(device="cpu", repeats=2))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * 2 + 4 * 3 + 5 and len(set(lines)) == len(lines)
-    assert lines[-2] == "ddpg_continuous.py, large, GPU, one env: 1 steps/s"
+    assert len(lines) == 2 * (3 * 2 + 4 * 3) + 5 and len(set(lines)) == 3 * 2 + 4 * 3 + 5
+    on_gpu = [line for line in lines if "GPU" in line]
+    assert all(line.endswith(": 0 steps/s") == ("a launch for each" in line) for line in on_gpu)
 
 
 def test_the_benchmarks_of_speed_run(capsys):
