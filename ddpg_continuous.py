@@ -27,7 +27,6 @@ the paper), which pushes one way for 1/κ steps or so, as an env with inertia ma
 import json
 import os
 import random
-import shlex
 import signal
 import sys
 import time
@@ -214,8 +213,7 @@ def train(args: Args) -> Tensor:
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
     log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
-    here = shlex.quote(str(run_dir))
-    print(f"to go on after a stop: python {shlex.quote(__file__)} --resume {here}/checkpoint.pt")
+    print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps")
     next_save = time.monotonic() + 2
@@ -309,7 +307,7 @@ def train(args: Args) -> Tensor:
     run.finish()
     print(f"saved in {run_dir}")
     if args.wandb_mode != "disabled":
-        print(f"curves: wandb leet {here}/wandb")
+        print(f'curves: wandb leet "{run_dir}/wandb"')
     return returns
 
 
