@@ -24,6 +24,7 @@ COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1))]
 FAMILIES = [["reinforce.py", "pg_baseline.py", "offpolicy_pg.py"]]
 FAMILIES += [["ddpg_continuous.py", "naf.py", "cem_q.py"]]
+SCRIPTS = ["dqn.py", *FAMILIES[1], *FAMILIES[0]]
 HEAD = """| command | seeds | greedy return [95 %] | worst | training return | env steps | seconds |
 |---|---|---|---|---|---|---|
 """
@@ -89,6 +90,27 @@ def table(runs: pd.DataFrame, task: dict) -> str:
     return text
 
 
+def glance(runs: pd.DataFrame, tasks: dict[str, dict]) -> str:
+    """A line an env: mean greedy return of the first command of each script, and the published."""
+    rows = {}
+    for task in tasks.values():
+        if "published" in task:
+            name = task["env_id"].split(":")[-1]
+            row = rows.setdefault(name, {"random": task["random"], "published": -np.inf})
+            row["published"] = max(row["published"], task["published"])
+            for command in task["commands"]:
+                own = chosen(runs, task, command)
+                if len(own):
+                    row.setdefault(f"`{command.split()[0]}`", own["greedy_return"].mean())
+    head = ["random", *(f"`{script}`" for script in SCRIPTS), "published"]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for name, row in rows.items():
+        link = f"[{name}](#{name.lower().replace('/', '')})"
+        cells = [number(row[x]) if x in row else "" for x in head]
+        lines.append(f"| {link} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def aggregate(runs: pd.DataFrame, tasks: dict[str, dict], scripts: list[str]) -> str:
     """Of the tasks that all scripts have, and their first commands: interquartile mean, and mean.
 
@@ -143,6 +165,7 @@ def sections(runs: pd.DataFrame, tasks: dict[str, dict]) -> dict[str, str]:
     """What stands between the marks of the page."""
     hours = runs["seconds"].sum() / 3600
     texts = {"all": f"{len(runs)} runs, which took {hours:.1f} hours of one CPU core."}
+    texts["glance"] = glance(runs, tasks)
     texts["aggregate"] = "\n\n".join(aggregate(runs, tasks, x) for x in FAMILIES)
     return texts | {name: section(runs, name, task) for name, task in tasks.items()}
 

@@ -295,10 +295,15 @@ def places() -> dict[str, str]:
 
 def target_of(link: str) -> str | None:
     """Where a link of the docs leads to: to a page made here, elsewhere, or nowhere."""
-    path, hash, anchor = link.partition("#")
+    path, hash, part = link.partition("#")
     if path.startswith("http") or not path:
         return link
-    return places()[path] + hash + anchor if path in places() else None
+    return places()[path] + hash + part if path in places() else None
+
+
+def anchor(title: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def size_of(image: Path) -> tuple[int, int]:
@@ -337,8 +342,7 @@ class Renderer(RendererHTML):
         return f'<img {place} src="{path}" alt="{alt}">'
 
     def heading_open(self, tokens, index, options, env):
-        anchor = tokens[index + 1].content.lower().replace(" ", "-")
-        return f'<{tokens[index].tag} id="{anchor}">'
+        return f'<{tokens[index].tag} id="{anchor(tokens[index + 1].content)}">'
 
     def table_open(self, tokens, index, options, env):
         return '<div class="scroll" tabindex="0" role="group" aria-label="table"><table>'

@@ -18,6 +18,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 import benchmark.plot
 import benchmark.run
 from docs import figures
+from docs.beside import anchor
 
 BY_NAME = dict(zip(SCRIPTS + VALUE_BASED, MODULES + VALUE_MODULES))
 SETTINGS = [*BY_NAME.values(), benchmark.plot, benchmark.run]
@@ -114,11 +115,11 @@ def test_pages_name_what_exists(page):
     """Links, figures, functions, flags, tests and imports."""
     text = page.read_text()
     for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-        path, _, anchor = link.partition("#")
+        path, _, part = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
-        titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else []
-        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], link
+        titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if part else []
+        assert not part or part in map(anchor, titles), link  # as on GitHub
     flags = {f"--{name.replace('_', '-')}" for s in SETTINGS for name in vars(s.Args())}
     for words in re.findall(r"`([^`\n]+)`", text):
         first = words.split()[0]

@@ -15,6 +15,7 @@ from benchmark.plot import (
     figure,
     file_name,
     fill,
+    glance,
     interval,
     main,
     measured,
@@ -95,6 +96,21 @@ def test_an_aggregate_by_hand():
     lines = aggregate(pd.concat([two, more]), tasks, ["dqn.py"]).split("\n")
     assert lines[0] == "| on A-v0, B-v0 | middle half, 8 seeds each [95 %] | all |"
     assert "| 1.375 [" in lines[2] and lines[2].endswith("| 26.156 |")  # (50.4375 + 1.875) / 2
+
+
+def test_a_glance_by_hand():
+    """First commands alone, of the seeds that count; two tasks of one env share a line."""
+    more = {"commands": ["dqn.py", "dqn.py --double-q", "naf.py"], "published": 12}
+    tasks = {"a": TASK, "b": TASK | more, "c": TASK | {"env_id": "x:C/D-v1", "published": -3}}
+    tasks["ablation"] = {"env_id": "E-v0", "first_seed": 5, "commands": ["dqn.py"]}
+    runs = pd.concat([few(50.0, first=4), few(1.0, 2.0), few(8.0).assign(env_id="x:C/D-v1")])
+    runs = pd.concat([runs, few(70.0).assign(command="dqn.py --double-q")])
+    lines = glance(runs, tasks).split("\n")
+    assert lines[0].startswith("| | random | `dqn.py` | `ddpg_continuous.py` |")
+    assert lines[0].count("|") == lines[1].count("|") == 11
+    assert lines[2] == "| [A-v0](#a-v0) | 1.0 | 1.5 |  |  |  |  |  |  | 12.0 |"
+    assert lines[3] == "| [C/D-v1](#cd-v1) | 1.0 | 8.0 |  |  |  |  |  |  | -3.0 |"
+    assert len(lines) == 4
 
 
 def test_a_page_is_filled_between_its_marks():
