@@ -842,7 +842,7 @@ def last_step(run_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number"),
-    [(name, signal.SIGTERM) for name in ALL] + [(name, signal.SIGINT) for name in ("naf", "dqn")],
+    [(name, signal.SIGTERM) for name in ("pg_baseline", "cem_q")] + [("dqn", signal.SIGINT)],
 )
 def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     name, number, tmp_path
@@ -1024,14 +1024,13 @@ def test_offline_means_offline(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_runs_at_once(tmp_path):
+def test_eight_runs_at_once(tmp_path):
     """Started in the same second, they share no directory and do not disturb each other."""
-    names = list(itertools.islice(itertools.cycle(ALL), 20))
+    names = ["reinforce", "naf"] * 4
     processes = [start(name, *flags(name), cwd=tmp_path) for name in names]
     results = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 20, results
-    paths = list(tmp_path.glob("runs/*/checkpoint.pt"))
-    assert len(paths) == 20
-    for i in range(len(ALL)):
-        returns = {re.search(r"greedy return .*", out)[0] for out, _ in results[i :: len(ALL)]}
+    assert [process.returncode for process in processes] == [0] * 8, results
+    assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 8
+    for i in range(2):
+        returns = {re.search(r"greedy return .*", out)[0] for out, _ in results[i::2]}
         assert len(returns) == 1, results
