@@ -120,14 +120,6 @@ class QNetwork(nn.Module):
         return self.value(features) + advantages - advantages.mean(dim=-1, keepdim=True)  # (8)
 
 
-class QTable(nn.Linear):
-    """Q(s, a) of one-hot states in a table, 0 at first."""
-
-    def __init__(self, num_states: int, num_actions: int):
-        super().__init__(num_states, num_actions, bias=False)
-        nn.init.zeros_(self.weight)
-
-
 class Batch(NamedTuple):
     obs: Tensor  # (B, obs_dim)
     actions: Tensor  # (B,) discrete, or (B, action_dim) normalised to [-1, 1]
@@ -232,7 +224,8 @@ def train(args: Args) -> Tensor:
     envs = wrappers.RecordEpisodeStatistics(envs, buffer_length=20, stats_key="training")
     obs_dim, num_actions = flatdim(envs.single_observation_space), flatdim(envs.single_action_space)
     if args.tabular:
-        q_network = QTable(obs_dim, num_actions).to(args.device)
+        q_network = nn.Linear(obs_dim, num_actions, bias=False).to(args.device)
+        nn.init.zeros_(q_network.weight)
         optimizer = torch.optim.SGD(q_network.parameters())
     else:
         q_network = QNetwork(obs_dim, num_actions, args.dueling).to(args.device)

@@ -84,15 +84,6 @@ def test_equation_8_the_mean_of_the_dueling_advantages_is_0():
     torch.testing.assert_close(differences, advantages[:, 0] - advantages[:, 1])
 
 
-def test_a_table_has_a_number_for_each_state_and_action():
-    table = dqn.QTable(3, 2)
-    assert [tuple(x.shape) for x in table.parameters()] == [(2, 3)]
-    assert table(torch.eye(3)).eq(0).all()
-    with torch.no_grad():
-        table.weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
-    assert table(torch.eye(3)[[2, 0]]).tolist() == [[3, 6], [1, 4]]
-
-
 def test_equation_9_priorities_and_weights():
     torch.manual_seed(0)
     buffer = buffer_of(dqn.PrioritizedReplayBuffer, 8)

@@ -451,7 +451,8 @@ def test_the_lines_that_are_printed_are_true(module, capsys):
     """A log that is disabled has no curves to look at."""
     _, path, returns = trained(module, env_id=counting(module, "DictObs"))
     stop, *lines = capsys.readouterr().out.splitlines()
-    assert stop.startswith("to go on") and stop.endswith(f'--resume "{path.resolve()}"')
+    command = f'python "{module.__file__}" --resume "{path.resolve()}"'
+    assert stop == f"to go on after a stop: {command}"
     greedy = f"greedy return {returns.mean():.1f} ± {returns.std(correction=0):.1f}"
     assert lines == ["5 inputs, from Dict", greedy, f"saved in {path.resolve().parent}"]
 
