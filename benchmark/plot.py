@@ -112,18 +112,18 @@ def glance(runs: pd.DataFrame, tasks: dict[str, dict]) -> str:
 
 
 def aggregate(runs: pd.DataFrame, tasks: dict[str, dict], scripts: list[str]) -> str:
-    """Of the tasks that all scripts have, and their first commands: interquartile mean, and mean.
+    """Interquartile mean, and mean, of the tasks of which each script has five seeds or more.
 
-    A score is 0 for random actions and 1 for the published figure. Each task counts alike: the
-    interquartile mean is over the first n runs of each, where n is what the shortest of them has.
-    The interval is that of a bootstrap of the seeds within each task (Agarwal et al., 2021).
+    A score is that of a first command: 0 for random actions, 1 for the published figure. Each task
+    counts alike: the interquartile mean is over the first n runs of each, where n is what the
+    shortest has. The interval is a bootstrap's of the seeds of each task (Agarwal et al., 2021).
     """
     found = {script: {} for script in scripts}
     for name, task in tasks.items():
         if "published" in task:
             for script in scripts:
                 commands = [x for x in task["commands"] if x.split()[0] == script]
-                if commands and len(own := chosen(runs, task, commands[0])) > 1:
+                if commands and len(own := chosen(runs, task, commands[0])) >= 5:
                     score = (own["greedy_return"] - task["random"]).to_numpy()
                     found[script][name] = score / (task["published"] - task["random"])
     shared = [name for name in tasks if all(name in x for x in found.values())]

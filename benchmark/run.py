@@ -77,8 +77,8 @@ def cells(tasks: dict[str, dict], task: str, script: str, seeds: int) -> list[Ce
 
 
 def die_with_parent() -> None:
-    """A killed worker of Ray takes its script along; a retry needs no more than its checkpoint."""
-    CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Where a worker of Ray is killed, its script stops as well, and W&B writes its last rows."""
+    CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def execute(cell: Cell, folder: Path, device: str, commit: str) -> tuple[pd.DataFrame, dict]:

@@ -82,7 +82,8 @@ def test_a_curve_is_the_mean_of_the_seeds():
 def test_an_aggregate_by_hand():
     """Of 8 scores from 0 to 1.75 the middle half has the mean 0.875; b is no task of naf.py.
 
-    Of the scores of a task with more runs, only as many count as the other task has.
+    Of the scores of a task with more runs, only as many count as the other task has. A task of
+    which a script has four runs does not count.
     """
     first = few(*np.arange(1.0, 17.0, 2.0))
     tasks = {"a": TASK, "b": TASK | {"env_id": "B-v0", "commands": ["dqn.py"]}}
@@ -96,6 +97,9 @@ def test_an_aggregate_by_hand():
     lines = aggregate(pd.concat([two, more]), tasks, ["dqn.py"]).split("\n")
     assert lines[0] == "| on A-v0, B-v0 | middle half, 8 seeds each [95 %] | all |"
     assert "| 1.375 [" in lines[2] and lines[2].endswith("| 26.156 |")  # (50.4375 + 1.875) / 2
+    five = pd.concat([first, first.head(5).assign(env_id="B-v0")])
+    assert "A-v0, B-v0 | middle half, 5 seeds" in aggregate(five, tasks, ["dqn.py"])
+    assert "on A-v0 | middle half, 8 seeds" in aggregate(five.iloc[:-1], tasks, ["dqn.py"])
 
 
 def test_a_glance_by_hand():
