@@ -13,14 +13,15 @@
     φ⁻ ← τ φ + (1 - τ) φ⁻                                               (6)  update_target
     grid: the best of bins^d points                                     (7)  argmax_grid
     gradient: a ← clip(a + α ∇_a Q / |∇_a Q|), from many starts         (8)  argmax_gradient
-    cem: a ~ 𝒩(m, diag s²), then m and s are those of the elites        (9)  argmax_cem
+    cem: a ~ 𝒩(m, diag v), then m and v are those of the elites         (9)  argmax_cem
     cmaes: a ~ 𝒩(m, σ² C); σ and C learn from m's steps and the elites  (10) argmax_cmaes
 
     N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
+    κ ou_kappa    σ exploration_noise, but in (10) the step size of the search
 
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
-weights and h_σ. The slide's "local minimum" is a local maximum; time/maximizing shows its "slow".
-ou_noise draws n: for κ = 1 it is Gaussian, for less Ornstein-Uhlenbeck noise, which lasts longer.
+weights and h_σ. The slide's "local minimum" is a local maximum. For its "slow", see the metric
+time/maximizing. With κ = 1, n is Gaussian; with less, Ornstein-Uhlenbeck noise, which lasts longer.
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known
@@ -152,7 +153,7 @@ class ReplayBuffer(nn.Module):
 
 
 # Each search takes q_function, from actions (B, K, d) to Q (B, K), and returns actions (B, d). The
-# standard deviations of cem and cmaes stay above min_std, or elites that coincide would end them.
+# deviations of cem and cmaes are at least min_std: at 0, if elites coincide, a search would stop.
 
 
 def best(q_function, actions: Tensor, count: int = 1) -> Tensor:
@@ -162,7 +163,7 @@ def best(q_function, actions: Tensor, count: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def argmax_grid(q_function, batch_size, d, bins=21, device=None) -> Tensor:
+def argmax_grid(q_function, batch_size, d, bins, device=None) -> Tensor:
     """(7) Option 1, discretisation: the best of bins^d points."""
     axis = torch.linspace(-1, 1, bins, device=device)
     grid = torch.cartesian_prod(*[axis] * d).view(-1, d)
@@ -170,7 +171,7 @@ def argmax_grid(q_function, batch_size, d, bins=21, device=None) -> Tensor:
 
 
 @torch.enable_grad()
-def argmax_gradient(q_function, batch_size, d, num_samples=8, iterations=5, device=None) -> Tensor:
+def argmax_gradient(q_function, batch_size, d, num_samples, iterations, device=None) -> Tensor:
     """(8) Option 2, gradient ascent: the best end of num_samples ascents; α falls linearly."""
     actions = 2 * torch.rand(batch_size, num_samples, d, device=device) - 1
     for i in range(iterations):
@@ -182,7 +183,7 @@ def argmax_gradient(q_function, batch_size, d, num_samples=8, iterations=5, devi
 
 @torch.no_grad()
 def argmax_cem(
-    q_function, batch_size, d, num_samples=32, num_elites=4, iterations=2, min_std=0.05, device=None
+    q_function, batch_size, d, num_samples, num_elites, iterations, min_std=0.05, device=None
 ) -> Tensor:
     """(9) Option 2, cross-entropy method: the mean of the last elites."""
     mean = torch.zeros(batch_size, 1, d, device=device)
@@ -197,7 +198,7 @@ def argmax_cem(
 
 @torch.no_grad()
 def argmax_cmaes(
-    q_function, batch_size, d, num_samples=16, iterations=10, min_std=0.05, device=None
+    q_function, batch_size, d, num_samples, iterations, min_std=0.05, device=None
 ) -> Tensor:
     """(10) Option 2, CMA-ES: the last mean. Samples outside the box count as its nearest point."""
     num_elites = num_samples // 2
@@ -210,7 +211,9 @@ def argmax_cmaes(
     c_mu = min(1 - c_1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((d + 2) ** 2 + mu_eff))
     chi = d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d**2))  # E |N(0, I)|
     mean, p_sigma, p_c = torch.zeros(3, batch_size, 1, d, device=device)
-    sigma, C, w = torch.full_like(mean[..., :1], 0.5), torch.eye(d, device=device), w.to(device)
+    sigma = torch.full_like(mean[..., :1], 0.5)
+    C = torch.eye(d, device=device)
+    w = w.to(device)
     for _ in range(iterations):
         variances, axes = torch.linalg.eigh(C)
         stds = (sigma * variances.clamp(min=0).sqrt().unsqueeze(-2)).clamp(min=min_std)
@@ -231,9 +234,9 @@ def argmax_cmaes(
 
 @torch.no_grad()
 def argmax_action(q_network: nn.Module, obs: Tensor, maximizer: Callable) -> Tensor:
-    """(2) For each of obs (B, obs_dim) the action of the highest Q that was found, (B, A)."""
+    """(2) For each of obs (B, obs_dim) the action of the highest Q that was found, (B, d)."""
 
-    def q_function(actions: Tensor) -> Tensor:  # (B, K, A) to (B, K)
+    def q_function(actions: Tensor) -> Tensor:  # (B, K, d) to (B, K)
         return q_network(obs.unsqueeze(1).expand(-1, actions.shape[1], -1), actions)
 
     return maximizer(q_function, len(obs))
@@ -245,13 +248,13 @@ def ou_noise(noise: Tensor, kappa: float, sigma: float) -> Tensor:
 
 
 def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, noise: Tensor) -> Tensor:
-    """(1) (N, A), in the box."""
+    """(1) (N, d), in the box."""
     return (argmax_action(q_network, obs, maximizer) + noise).clamp(-1, 1)
 
 
 @torch.no_grad()
 def td_target(batch: Batch, next_actions: Tensor, target_network, gamma: float) -> Tensor:
-    """(4) y, (B,), given argmax_a' Q_φ⁻(s', a'), (B, A)."""
+    """(4) y, (B,), given argmax_a' Q_φ⁻(s', a'), (B, d)."""
     next_q = target_network(batch.next_obs, next_actions)
     return batch.rewards + gamma * next_q.masked_fill(batch.terminations > 0, 0)  # s' may be nan
 

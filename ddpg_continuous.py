@@ -14,6 +14,7 @@
     θ ← θ + η Σ_i dQ_φ/da (s_i, μ_θ(s_i)) dμ_θ/dθ (s_i)                 (7)  actor_loss
 
     N num_envs    φ q_network    θ actor    φ⁻, θ⁻ target_*    η learning_rate    γ gamma    τ tau
+    κ ou_theta    σ exploration_noise
 
 The actor learns to find the max, so that (4) need not search for it. The slide's chain rule means
 dθ where it says dφ: in (7) the critic is fixed, and the states are those of the buffer. Actions are
@@ -73,7 +74,7 @@ class Args:
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
     exploration_noise: float = 0.2  # σ, the deviation of the noise
-    ou_theta: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
+    ou_theta: float = 1.0  # κ, θ in the paper; 1 is Gaussian noise, less Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:
         for field in fields(self):

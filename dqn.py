@@ -16,6 +16,7 @@
     --prioritized-replay: P(i) ∝ |y_i - Q_i|^α, and w_i = (n P(i))^-β   (9)  PrioritizedReplayBuffer
 
     N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
+    α alpha    β beta    n the transitions in the buffer
 
 The slides leave out (1 - terminated). An episode cut by a time limit has a future all the same, so
 it is not terminated. (5) takes Adam's step on the mean of ½ (Q - y)², each weighted by w_i in (9).
@@ -193,8 +194,8 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
     """(1) One action an env, (N,), and one coin an env."""
     q_values = q_network(obs)
     explore = torch.rand(len(obs), device=obs.device) < epsilon
-    random = torch.randint(q_values.shape[-1], explore.shape, device=obs.device)
-    return torch.where(explore, random, q_values.argmax(dim=-1))
+    random_actions = torch.randint(q_values.shape[-1], explore.shape, device=obs.device)
+    return torch.where(explore, random_actions, q_values.argmax(dim=-1))
 
 
 @torch.no_grad()

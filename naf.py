@@ -14,11 +14,12 @@
     L is lower-triangular, its diagonal positive; μ is in [-1, 1]       (7)  NAFNetwork
 
     N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
+    κ ou_kappa    σ exploration_noise    c reward_scale
 
 P is positive definite by (7), so argmax_a Q = μ and max_a Q = V: no search in (1), no max in (4).
 The price is in (2): as a function of a, Q is one paraboloid, however many peaks the true one has.
-With returns in the hundreds, V's errors swamp P in the layers they share: c, reward_scale, keeps Q
-near 1. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
+With returns in the hundreds, V's errors swamp P in the layers they share: c, reward_scale, brings
+Q down to about 10. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
 ou_noise draws n: for κ = 1 it is Gaussian, for less Ornstein-Uhlenbeck noise, which lasts longer.
 
     python naf.py --env-id Pendulum-v1
@@ -68,7 +69,7 @@ class Args:
     learning_rate: float = 3e-3  # η, the step size
     anneal_lr: bool = True  # let η fall to 0 by the end
     gamma: float = 0.98  # discount
-    reward_scale: float = 0.03  # c, at most 1; about 1 over the largest discounted return
+    reward_scale: float = 0.03  # c, at most 1; brings returns in the hundreds down to about 10
     buffer_size: int = 50_000  # transitions that the buffer keeps
     batch_size: int = 128  # transitions in an update
     num_steps: int = 1  # steps of each env in a round, before its updates

@@ -12,8 +12,8 @@
     Ψ_t = Π_u ρ_u G_t                    "causal"                     (5)  importance_weighted_psi
     Ψ_t = Σ_{t'≥t} (Π_{u≤t'} ρ_u) r_t'   "per_decision"               (6)  importance_weighted_psi
     Ψ_t = ρ_t G_t                        "per_step", the last slide's (7)  importance_weighted_psi
-    Ψ_t ← Ψ_t - w_t b_t,  w_t: Π_u ρ_u, Π_{u≤t} ρ_u in (6), ρ_t in (7)  (8)  importance_weighted_psi
-    E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ,  or no further step    (9)  train
+    Ψ_t ← Ψ_t - w_t b_t,  w_t: the ratios of Ψ_t; Π_{u≤t} ρ_u in (6)  (8)  importance_weighted_psi
+    φ' ← φ' + α ∇J(φ'),  while  E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ  (9)  train
     ESS = (Σ w)² / Σ w²,  over all steps                             (10)  effective_sample_size
 
     N num_envs    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
@@ -85,12 +85,13 @@ class Args:
             raise ValueError("--env-kwargs must be a JSON object")
         if not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here")
+        # else --resume would take a checkpoint of reinforce.py for one of its own
         if self.estimator not in get_args(Args.__annotations__["estimator"]):
             raise ValueError(f"--estimator {self.estimator} is not one of offpolicy_pg.py")
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b. From the second batch on, a new mean and std keep this function."""
+    """W (s - mean) / std + b. From the second batch on, W and b make up for a new mean and std."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)
@@ -156,7 +157,6 @@ class Trajectories(NamedTuple):
     actions: Tensor  # (N, T) discrete, or (N, T, action_dim) normalised to [-1, 1], unclipped
     rewards: Tensor  # (N, T), but 0 on padding
     mask: Tensor  # (N, T), 1 on steps, 0 on padding
-    log_probs: Tensor  # (N, T), log π_φ(a|s) from the moment of acting
 
 
 @torch.no_grad()
@@ -170,12 +170,10 @@ def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) ->
     for _ in range(50_000):
         obs = np.where(live[:, None], next_obs, 0)
         obs = torch.tensor(obs, dtype=torch.float32, device=device)
-        distribution = policy(obs)
-        actions = distribution.mode if greedy else distribution.sample()
+        actions = policy(obs).mode if greedy else policy(obs).sample()
         next_obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         rewards = torch.from_numpy(np.where(live, rewards, 0)).float()
-        mask = torch.from_numpy(live).float()
-        steps.append((obs, actions, rewards, mask, distribution.log_prob(actions)))
+        steps.append((obs, actions, rewards, torch.from_numpy(live).float()))
         live = live & ~np.logical_or(terminations, truncations)
         if not live.any():
             return Trajectories(*(torch.stack(x, dim=1).to(device) for x in zip(*steps)))
@@ -207,20 +205,25 @@ def average_baseline(returns: Tensor, mask: Tensor) -> Tensor:
 def log_weights(log_ratio: Tensor, mask: Tensor, estimator: str) -> Tensor:
     """(8) log w_t = Σ_u log ρ_u, (N, T): over the episode, up to t in (6), of t alone in (7)."""
     log_ratio = mask * log_ratio
-    whole = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
-    partial = {"per_decision": log_ratio.cumsum(dim=1), "per_step": log_ratio}
-    return {"trajectory": whole, "causal": whole, **partial}[estimator]
+    if estimator == "per_step":
+        return log_ratio
+    if estimator == "per_decision":
+        return log_ratio.cumsum(dim=1)
+    return log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
 
 
 def importance_weighted_psi(
     log_ratio: Tensor, rewards: Tensor, mask: Tensor, gamma: float, estimator: str, baseline=0.0
 ) -> Tensor:
-    """(3) and (5) to (8), (N, T), detached: (2) has the gradient, ∇ρ = ρ ∇ log π_φ'."""
+    """(3) and (5) to (8), (N, T), constants: ∇ρ = ρ ∇ log π_φ', and (2) has the ∇ log π_φ'."""
     weights = log_weights(log_ratio, mask, estimator).exp().nan_to_num().detach()  # no inf · 0
-    if estimator == "per_decision":
-        return reward_to_go(weights * rewards, gamma) - weights * baseline  # (6), (8)
     returns = reward_to_go(rewards, gamma)
-    psi = weights * (returns[:, :1] if estimator == "trajectory" else returns)  # (3), (5), (7)
+    if estimator == "trajectory":
+        psi = weights * returns[:, :1]  # (3)
+    elif estimator == "per_decision":
+        psi = reward_to_go(weights * rewards, gamma)  # (6)
+    else:
+        psi = weights * returns  # (5), (7)
     return psi - weights * baseline  # (8)
 
 
@@ -268,29 +271,33 @@ def train(args: Args) -> Tensor:
     while global_step < args.total_timesteps:
         # 1. sample {τ_i} from π_φ
         start = time.perf_counter()
-        obs, actions, rewards, mask, behavior_log_probs = rollout(envs, policy)  # (1)
+        obs, actions, rewards, mask = rollout(envs, policy)  # (1)
         live = mask.bool()
         returns = reward_to_go(rewards, args.gamma)  # (4)
-        baselines = {"none": 0.0, "average": average_baseline(returns, mask)}
-        baselines["value"] = value_network(obs).detach()
+        baselines = {
+            "none": 0.0,
+            "average": average_baseline(returns, mask),
+            "value": value_network(obs).detach(),
+        }
         b = baselines[args.baseline]
         distribution = behavior = policy(obs)
+        behavior_log_probs = behavior.log_prob(actions).detach()
         optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         for _ in range(args.num_updates):
             # 2. estimate ∇J(φ')
             log_probs = distribution.log_prob(actions)
-            log_ratio = (log_probs - behavior_log_probs).detach()
+            log_ratio = (log_probs - behavior_log_probs).detach()  # log ρ_t
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator, b)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
             # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            optimizer.step()  # (9)
             distribution = policy(obs)
             kl = kl_divergence(distribution, behavior)[live].mean()
-            if kl > args.target_kl:
-                break  # (9)
+            if kl > args.target_kl:  # (9)
+                break
 
         # how far the weights are from 1 after the last step
         log_ratio = (distribution.log_prob(actions) - behavior_log_probs).detach()

@@ -18,7 +18,7 @@
     z_i = Σ_t ∇ log π_φ(a_it|s_it)    g_i = Σ_t ∇ log π_φ(a_it|s_it) G_it  trajectory_gradients
 
 Unbiased, as no b_it depends on a_it: (5) and (7) leave episode i out, (6) is fitted after its use.
-At Ψ = R, (7) is the slide's optimum, R weighted by |z|²; at Ψ = G, z·∇ log π_t weights each G_t.
+With R(τ_j) for G_jt, z·g = |z|² R, and (7) is the slide's optimum: R weighted by |z|².
 Both networks see (s - mean) / std.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
@@ -86,7 +86,7 @@ class Args:
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b. From the second batch on, a new mean and std keep this function."""
+    """W (s - mean) / std + b. From the second batch on, W and b make up for a new mean and std."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)
@@ -201,7 +201,7 @@ def optimal_baseline(scores: Tensor, gradients: Tensor) -> Tensor:
     """(7) From z and g, (N, P) each, to one constant an episode, (N, 1)."""
     others = 1 - torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     products, norms = (scores * gradients).sum(dim=1), (scores * scores).sum(dim=1)
-    return (others @ products / (others @ norms)).nan_to_num(0, 0, 0).unsqueeze(1)
+    return (others @ products / (others @ norms)).nan_to_num(nan=0, posinf=0, neginf=0).unsqueeze(1)
 
 
 def trajectory_gradients(policy: Policy, obs: Tensor, actions: Tensor, psi: Tensor) -> Tensor:

@@ -16,8 +16,8 @@
 (2) averages over episodes, as the slides do; an average over steps would rescale it at random.
 The slides on policy gradients do not discount, so gamma is 1; below 1, (4) leaves out the γ^(t-1)
 of the exact gradient, as is common. (5) takes Adam's step, with a short memory (β2 = 0.99): the
-returns grow from batch to batch. Its α decreases, because without a baseline the gradient stays
-noisy to the end. The first layer sees (s - mean) / std, so that small entries of a state count.
+returns grow from batch to batch. Its α decreases, because the gradient stays noisy to the end. The
+first layer sees (s - mean) / std, so that small entries of a state count.
 
     python reinforce.py --env-id CartPole-v1
     diff reinforce.py pg_baseline.py        # next: subtract a baseline from Ψ
@@ -81,7 +81,7 @@ class Args:
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b. From the second batch on, a new mean and std keep this function."""
+    """W (s - mean) / std + b. From the second batch on, W and b make up for a new mean and std."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)

@@ -191,14 +191,14 @@ def test_maximizers_prefer_the_higher_of_two_peaks(name):
 
 
 @pytest.mark.parametrize(
-    ("search", "sizes"),
-    [(cem_q.argmax_grid, [21]), (cem_q.argmax_gradient, [8] * 6), (cem_q.argmax_cem, [32] * 2),
-     (cem_q.argmax_cmaes, [16] * 10)],
+    ("search", "settings", "sizes"),
+    [(cem_q.argmax_grid, [21], [21]), (cem_q.argmax_gradient, [8, 5], [8] * 6),
+     (cem_q.argmax_cem, [32, 4, 2], [32] * 2), (cem_q.argmax_cmaes, [16, 10], [16] * 10)],
 )  # fmt: skip
-def test_what_a_search_asks_for_by_default(search, sizes):
+def test_what_a_search_asks_for(search, settings, sizes):
     """Points in each call of q_function; the last call of gradient compares its ends."""
     f, asked = recorded(peak)
-    search(f, 2, 1)
+    search(f, 2, 1, *settings)
     assert [actions.shape[1] for actions in asked] == sizes
 
 
@@ -371,13 +371,14 @@ def test_the_covariance_of_equation_10_becomes_that_of_the_level_sets():
     assert (variances[:, -1] / variances[:, 0]).log10().median().item() == pytest.approx(2, abs=0.5)
 
 
-@pytest.mark.parametrize("search", [cem_q.argmax_grid, cem_q.argmax_cem, cem_q.argmax_cmaes])
-def test_a_search_by_rank_sees_only_the_order(search):
+@pytest.mark.parametrize("name", ["grid", "cem", "cmaes"])
+def test_a_search_by_rank_sees_only_the_order(name):
     """The same samples for f and for an increasing function of it."""
+    search, settings, _ = SEARCHES[name]
     f, found = ellipsoid(rotation_of(2), 100, d=2), []
     for transform in (lambda q: q, lambda q: q**3, lambda q: (q / 100).exp()):
         torch.manual_seed(3)
-        found.append(search(lambda a, g=transform: g(f(a)), 20, 2))
+        found.append(search(lambda a, g=transform: g(f(a)), 20, 2, **settings))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

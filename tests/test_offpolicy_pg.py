@@ -1,6 +1,7 @@
 """Tests of offpolicy_pg.py: its importance weights, and the steps that it takes with them."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -28,16 +29,6 @@ LOG_RATIO = torch.tensor([[2.0, 0.5, 3.0], [4.0, 0.25, 7.0]]).log()  # the 7 is 
 
 
 # Equations by hand: the ratios are (2, 1/2, 3) and (4, 1/4), the rewards (1, 2, 3) and (4, 5)
-
-
-def test_behavior_log_probs_are_those_of_acting():
-    torch.manual_seed(0)
-    policy = varied(offpolicy_pg.Policy(2, 2, discrete=True))
-    batch = offpolicy_pg.rollout(offpolicy_pg.make_envs("envs:Counting-v0", 8), policy)
-    expected = policy(batch.obs).log_prob(batch.actions)
-    live = batch.mask.bool()
-    torch.testing.assert_close(batch.log_probs[live], expected[live])
-    assert not batch.log_probs.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -288,7 +279,8 @@ def test_offpolicy_pg(record, estimator, baseline):
     for call in calls:
         check_log_probs_and_mask(call)
         batch, live = call["batch"], call["mask"].bool()
-        log_ratio = call["log_probs"] - batch.log_probs
+        first = next(other for other in calls if other["batch"] is batch)
+        log_ratio = call["log_probs"] - first["log_probs"]
         arguments = log_ratio, batch.rewards, batch.mask, 0.9, estimator
         expected = offpolicy_pg.importance_weighted_psi(*arguments)
         if baseline == "average":
@@ -299,9 +291,29 @@ def test_offpolicy_pg(record, estimator, baseline):
         weights = offpolicy_pg.log_weights(log_ratio, batch.mask, estimator).exp()
         expected = expected - weights * b
         torch.testing.assert_close(call["psi"][live], expected[live])
-        first = next(other for other in calls if other["batch"] is batch)
         new, old = call["Policy"](batch.obs), first["Policy"](batch.obs)
         assert kl_divergence(new, old)[live].mean() <= 0.01
+
+
+def test_the_first_step_on_a_batch_is_on_policy(record, monkeypatch):
+    """Its log-probs are those of the policy that acted, and its weights are 1."""
+    acted, rollout = [], offpolicy_pg.rollout
+
+    def keep(envs, policy, **settings):
+        acted.append(deepcopy(policy))
+        return rollout(envs, policy, **settings)
+
+    monkeypatch.setattr(offpolicy_pg, "rollout", keep)
+    calls = record(offpolicy_pg, gamma=0.9, baseline="none", learning_rate=0.03)
+    batches = {id(call["batch"]): call for call in reversed(calls)}  # the first call on each
+    firsts = list(batches.values())[::-1]
+    assert len(firsts) == len(acted) - 1 > 3  # the last rollout is the evaluation
+    for call, policy in zip(firsts, acted):
+        batch, live = call["batch"], call["mask"].bool()
+        expected = policy(batch.obs).log_prob(batch.actions)
+        torch.testing.assert_close(call["log_probs"][live], expected[live])
+        expected = offpolicy_pg.reward_to_go(batch.rewards, 0.9)
+        torch.testing.assert_close(call["psi"][live], expected[live])
 
 
 @pytest.mark.parametrize(("target_kl", "steps"), [(1.0, 3), (1e-12, 1)])
@@ -325,7 +337,7 @@ def test_the_logged_weights_and_kl_are_those_after_the_last_step(record, logged,
         old, new = call["Policy"](batch.obs), after["Policy"](batch.obs)
         expected = kl_divergence(new, old)[live].mean().item()
         assert row["losses/kl"] == pytest.approx(expected, rel=1e-4)
-        log_ratio = batch.mask * (new.log_prob(batch.actions) - batch.log_probs)
+        log_ratio = batch.mask * (new.log_prob(batch.actions) - old.log_prob(batch.actions))
         weights = log_ratio.cumsum(dim=1).exp()[live]
         expected = weights.sum() ** 2 / (weights**2).sum() / len(weights)
         assert row["weights/effective_fraction"] == pytest.approx(expected.item(), rel=1e-4)

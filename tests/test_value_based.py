@@ -80,9 +80,9 @@ def test_equation_6_update_target(value_script):
 
 SEARCHES = {
     "grid": lambda q, size: cem_q.argmax_grid(q, size, 2, 5),
-    "gradient": lambda q, size: cem_q.argmax_gradient(q, size, 2),
-    "cem": lambda q, size: cem_q.argmax_cem(q, size, 2),
-    "cmaes": lambda q, size: cem_q.argmax_cmaes(q, size, 2),
+    "gradient": lambda q, size: cem_q.argmax_gradient(q, size, 2, 8, 5),
+    "cem": lambda q, size: cem_q.argmax_cem(q, size, 2, 32, 4, 2),
+    "cmaes": lambda q, size: cem_q.argmax_cmaes(q, size, 2, 16, 10),
 }
 
 
@@ -359,7 +359,7 @@ def test_train_acts_and_is_scored_with_the_online_network(value_script, spy):
             naf: lambda: network(state)[0],
             ddpg_continuous: lambda: network(state),
             cem_q: lambda: cem_q.argmax_cem(
-                lambda a: network(state[:, None].expand(-1, a.shape[1], -1), a), 5, 1
+                lambda a: network(state[:, None].expand(-1, a.shape[1], -1), a), 5, 1, 32, 4, 2
             ),
         }[value_script]()
     torch.testing.assert_close(ours, expected)
