@@ -435,9 +435,9 @@ def defaults(resume: str = "") -> Args:
         return Args()
     try:
         saved = torch.load(resume, map_location="cpu", weights_only=True)["args"]
-        return Args(**saved | {"device": Args.device})
-    except Exception:
-        raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None
+        return Args(**saved | {"device": Args.device, "resume": resume})
+    except Exception as why:
+        raise OSError(f"--resume {resume}: not a checkpoint of this script: {why!r:.90}") from None
 
 
 if __name__ == "__main__":
@@ -453,4 +453,5 @@ if __name__ == "__main__":
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all
         sys.modules["tabulate"] = None  # if PyTorch imports it at exit, Python forgets a Ctrl-C
+        error.__context__ = None  # it holds the progress bar, which would end below the message
         raise error.with_traceback(None) from None

@@ -177,7 +177,7 @@ def rollout(envs: gym.vector.VectorEnv, policy: Policy, greedy: bool = False) ->
 
 def reward_to_go(rewards: Tensor, gamma: float) -> Tensor:
     """(4) G_it = Σ_{t'≥t} γ^(t'-t) r_it', by G_it = r_it + γ G_i,t+1, (N, T)."""
-    returns = torch.zeros_like(rewards)
+    returns = torch.zeros_like(gamma * rewards)  # floats, also of whole numbers
     G = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         G = rewards[:, t] + gamma * G
@@ -342,8 +342,8 @@ def train(args: Args) -> Tensor:
 
 
 def scale(space: Box, actions: np.ndarray) -> np.ndarray:
-    """From [-1, 1] to the box, in its dtype; what lies outside goes to the nearest point."""
-    share = ((actions.astype(np.float64) + 1) / 2).clip(0, 1)
+    """From [-1, 1] to the box, in its dtype; nan to its centre, what lies outside to its edge."""
+    share = ((np.nan_to_num(actions.astype(np.float64)) + 1) / 2).clip(0, 1)
     scaled = ((1 - share) * space.low + share * space.high).clip(space.low, space.high)
     return (scaled.round() if space.dtype.kind in "iu" else scaled).astype(space.dtype)
 
@@ -392,9 +392,9 @@ def defaults(resume: str = "") -> Args:
         return Args()
     try:
         saved = torch.load(resume, map_location="cpu", weights_only=True)["args"]
-        return Args(**saved | {"device": Args.device})
-    except Exception:
-        raise OSError(f"--resume {resume}: not a checkpoint of {Path(__file__).name}") from None
+        return Args(**saved | {"device": Args.device, "resume": resume})
+    except Exception as why:
+        raise OSError(f"--resume {resume}: not a checkpoint of this script: {why!r:.90}") from None
 
 
 if __name__ == "__main__":
@@ -410,4 +410,5 @@ if __name__ == "__main__":
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all
         sys.modules["tabulate"] = None  # if PyTorch imports it at exit, Python forgets a Ctrl-C
+        error.__context__ = None  # it holds the progress bar, which would end below the message
         raise error.with_traceback(None) from None

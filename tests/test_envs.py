@@ -44,6 +44,15 @@ def test_actions_are_scaled_to_a_lopsided_box_and_clipped(module):
 
 
 @pytest.mark.parametrize("module", CONTINUOUS)
+def test_no_action_leaves_the_box_whatever_the_network_says(module):
+    """A network that has seen a nan says nan; the check of its weights will stop the run."""
+    actions = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]])
+    whole = env_actions(module, actions, Box(-2, 7, (1,), np.int64))
+    assert whole.flatten().tolist() == [2, 7, -2]
+    assert env_actions(module, actions, Box(-1.0, 1.0, (1,))).flatten().tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("module", CONTINUOUS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_no_rounding_leaves_the_box(module, dtype):
     """In float32, (0.1 - -1) + -1 is more than 0.1."""

@@ -255,6 +255,7 @@ def test_equation_4_reward_to_go(script):
     assert torch.equal(script.reward_to_go(REWARDS, 0.5), discounted)
     assert torch.equal(script.reward_to_go(REWARDS, 0.0), REWARDS)
     assert torch.equal(script.reward_to_go(REWARDS[:, :1], 0.9), REWARDS[:, :1])
+    assert torch.equal(script.reward_to_go(REWARDS.int(), 0.5), discounted)
 
 
 # Exact oracles
