@@ -97,16 +97,16 @@ class Actor(nn.Sequential):
     """μ_θ(s): (..., obs_dim) to (..., action_dim), in [-1, 1]."""
 
     def __init__(self, obs_dim: int, action_dim: int):
-        hidden = [nn.Linear(obs_dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
-        super().__init__(*hidden, nn.Linear(64, action_dim), nn.Tanh())
+        hidden = [nn.Linear(obs_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        super().__init__(*hidden, nn.Linear(128, action_dim), nn.Tanh())
 
 
 class QNetwork(nn.Sequential):
     """Q_φ(s, a): (..., obs_dim) and (..., action_dim) to (...)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
-        hidden = [nn.Linear(obs_dim + action_dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
-        super().__init__(*hidden, nn.Linear(64, 1))
+        hidden = [nn.Linear(obs_dim + action_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        super().__init__(*hidden, nn.Linear(128, 1))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return super().forward(torch.cat([obs, actions], dim=-1)).squeeze(-1)
