@@ -44,7 +44,7 @@ def zoo(algorithm):
         return settings, 1, 50_000
     # DDPG: with our network and warm-up; the zoo's are 400 x 300, and 10,000 steps
     settings = {"learning_rate": 1e-3, "buffer_size": 200_000, "learning_starts": 1_000}
-    settings |= {"gamma": 0.98, "policy_kwargs": {"net_arch": [64, 64]}}
+    settings |= {"gamma": 0.98, "policy_kwargs": {"net_arch": [128, 128]}}
     return settings, 1, 20_000
 
 
