@@ -17,7 +17,7 @@
     cmaes: a ~ 𝒩(m, σ² C); σ and C learn from m's steps and the elites  (10) argmax_cmaes
 
     N num_envs    φ q_network    φ⁻ target_network    η learning_rate    γ gamma    τ tau
-    κ ou_kappa    σ exploration_noise, but in (10) the step size of the search
+    κ ou_kappa    σ exploration_noise; in (8) and (10), α and σ are step sizes of the search
 
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
 weights and h_σ. The slide's "local minimum" is a local maximum. For its "slow", see the metric
@@ -77,7 +77,7 @@ class Args:
     num_updates: int = 2  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.2  # σ, the deviation of the noise
+    exploration_noise: float = 0.2  # σ, the deviation of what a step adds to the noise
     ou_kappa: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
     maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"  # the search in (2)
     bins: int = 21  # points of the grid in each dimension of the action

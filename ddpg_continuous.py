@@ -73,7 +73,7 @@ class Args:
     num_updates: int = 2  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.2  # σ, the deviation of the noise
+    exploration_noise: float = 0.2  # σ, the deviation of what a step adds to the noise
     ou_theta: float = 1.0  # κ, θ in the paper; 1 is Gaussian noise, less Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:

@@ -85,7 +85,7 @@ class Args:
     prioritized_replay: bool = False  # (9): surprising transitions more often; not on mps
     alpha: float = 0.6  # exponent of the priorities; 0 is uniform
     beta: float = 0.4  # exponent of their weights at first; it rises to 1
-    tabular: bool = False  # Q is a table, 0 at first, and (5) a plain step; for one-hot states
+    tabular: bool = False  # Q is a table of zeros, not (8); (5) is a plain step; for one-hot states
 
     def __post_init__(self) -> None:
         for field in fields(self):

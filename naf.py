@@ -76,7 +76,7 @@ class Args:
     num_updates: int = 4  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.01  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.4  # σ, the deviation of the noise
+    exploration_noise: float = 0.4  # σ, the deviation of what a step adds to the noise
     ou_kappa: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:

@@ -86,7 +86,7 @@ class Args:
 
 
 class NormalizedLinear(nn.Linear):
-    """W (s - mean) / std + b. From the second batch on, W and b make up for a new mean and std."""
+    """W (s - mean) / std + b. From the second batch on, W and b follow the two: no output moves."""
 
     def __init__(self, obs_dim: int, width: int):
         super().__init__(obs_dim, width)
