@@ -22,8 +22,8 @@ def records(directory: Path) -> list[dict]:
 def curve(run_dir: Path) -> pd.DataFrame:
     """One row for each point that is logged, with the step, the returns and the seconds so far.
 
-    A run that was resumed has several logs. Each goes on where its checkpoint was, which is before
-    the end of the log in front: the rows after that step are those of the later log.
+    A run that was resumed has several logs. Each goes on where its checkpoint was: the rows after
+    that step are those of the later log. After a kill, a second of rows may be missing there.
     """
     rows = []
     for log in sorted(run_dir.glob("wandb/offline-run-*"), key=lambda x: x.stat().st_mtime):

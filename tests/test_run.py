@@ -173,6 +173,6 @@ def test_a_machine_that_dies_costs_no_run_and_none_is_run_twice(tmp_path, monkey
     logs = [list(x.glob("runs/*/wandb/offline-run-*")) for x in tmp_path.glob("out/cells/*")]
     assert sorted(map(len, logs)) == [1, 1, 2]
     (resumed,) = [x[0].parents[1] for x in logs if len(x) == 2]
-    rows = curve(resumed)
-    assert rows["step"].is_monotonic_increasing and rows["step"].diff().max() < 2000
+    steps = curve(resumed)["step"]  # of both logs, but for the second that W&B had not yet written
+    assert steps.is_monotonic_increasing and steps.iloc[0] < 1000 and steps.iloc[-1] >= 40_000
     assert curves.groupby("seed")["greedy_return"].count().tolist() == [1, 1, 1]
