@@ -22,6 +22,7 @@
 (9) is the search of QT-Opt (Kalashnikov et al., 2018), (10) that of Hansen (2016) without negative
 weights and h_σ. The slide's "local minimum" is a local maximum. For its "slow", see the metric
 time/maximizing. With κ = 1, n is Gaussian; with less, Ornstein-Uhlenbeck noise, which lasts longer.
+(5) takes Adam's step on the mean of ½ (Q - y)²; η falls linearly to 0.
 
     python cem_q.py --env-id Pendulum-v1
     diff cem_q.py naf.py        # next: a Q whose max is known
@@ -77,7 +78,7 @@ class Args:
     num_updates: int = 2  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.2  # σ, the deviation of what a step adds to the noise
+    exploration_noise: float = 0.2  # σ of what a step adds to the noise, for actions in [-1, 1]
     ou_kappa: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
     maximizer: Literal["grid", "gradient", "cem", "cmaes"] = "cem"  # the search in (2)
     bins: int = 21  # points of the grid in each dimension of the action
@@ -86,7 +87,7 @@ class Args:
     iterations: int = 2  # iterations of gradient, cem and cmaes
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -256,7 +257,8 @@ def select_actions(q_network: nn.Module, obs: Tensor, maximizer: Callable, noise
 def td_target(batch: Batch, next_actions: Tensor, target_network, gamma: float) -> Tensor:
     """(4) y, (B,), given argmax_a' Q_φ⁻(s', a'), (B, d)."""
     next_q = target_network(batch.next_obs, next_actions)
-    return batch.rewards + gamma * next_q.masked_fill(batch.terminations > 0, 0)  # s' may be nan
+    future = next_q.masked_fill(batch.terminations > 0, 0)  # not 0 · Q: a last s' may be nan
+    return batch.rewards + gamma * future
 
 
 @torch.no_grad()
@@ -309,7 +311,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -516,6 +518,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

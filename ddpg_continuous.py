@@ -19,10 +19,11 @@
 The actor learns to find the max, so that (4) need not search for it. The slide's chain rule means
 dθ where it says dφ: in (7) the critic is fixed, and the states are those of the buffer. Actions are
 normalised to [-1, 1]. In (2), κ = 1 is Gaussian noise; less is Ornstein-Uhlenbeck noise (0.15 in
-the paper), which pushes one way for 1/κ steps or so, as an env with inertia may need.
+the paper), which pushes one way for 1/κ steps or so, as an env with inertia may need. (5) and (7)
+take Adam's steps on means over the batch; η falls linearly to 0.
 
     python ddpg_continuous.py --env-id Pendulum-v1
-    diff dqn.py ddpg_continuous.py
+    diff naf.py ddpg_continuous.py
 """
 
 import json
@@ -73,11 +74,11 @@ class Args:
     num_updates: int = 2  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.02  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.2  # σ, the deviation of what a step adds to the noise
+    exploration_noise: float = 0.2  # σ of what a step adds to the noise, for actions in [-1, 1]
     ou_theta: float = 1.0  # κ, θ in the paper; 1 is Gaussian noise, less Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -162,7 +163,8 @@ def select_actions(actor: nn.Module, obs: Tensor, noise: Tensor) -> Tensor:
 def td_target(batch: Batch, target_actor, target_network, gamma: float) -> Tensor:
     """(4) y, (B,)."""
     next_q = target_network(batch.next_obs, target_actor(batch.next_obs))
-    return batch.rewards + gamma * next_q.masked_fill(batch.terminations > 0, 0)  # s' may be nan
+    future = next_q.masked_fill(batch.terminations > 0, 0)  # not 0 · Q: a last s' may be nan
+    return batch.rewards + gamma * future
 
 
 def actor_loss(actor: nn.Module, q_network: nn.Module, obs: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -417,6 +419,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

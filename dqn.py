@@ -83,12 +83,12 @@ class Args:
     double_q: bool = False  # (7): φ picks the next action, φ⁻ values it
     dueling: bool = False  # (8): Q from V and A
     prioritized_replay: bool = False  # (9): surprising transitions more often; not on mps
-    alpha: float = 0.6  # exponent of the priorities; 0 is uniform
-    beta: float = 0.4  # exponent of their weights at first; it rises to 1
+    alpha: float = 0.6  # α, exponent of the priorities; 0 is uniform
+    beta: float = 0.4  # β, exponent of the weights w_i at first; it rises to 1
     tabular: bool = False  # Q is a table of zeros, not (8); (5) is a plain step; for one-hot states
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -185,8 +185,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
 
 def epsilon_at(step: float, start_e: float, end_e: float, duration: float) -> float:
-    """(2) start_e at step 0, end_e from step `duration` on."""
-    return end_e + (start_e - end_e) * max(0.0, 1 - step / duration) if duration else end_e
+    """(2) start_e at step 0, end_e from step `duration` on; both may be shares of the run."""
+    left = max(0.0, 1 - step / duration) if duration > 0 else 0.0
+    return end_e + left * (start_e - end_e)
 
 
 @torch.no_grad()
@@ -202,9 +203,11 @@ def select_actions(q_network: nn.Module, obs: Tensor, epsilon: float) -> Tensor:
 def td_target(batch: Batch, q_network, target_network, gamma: float, double_q: bool) -> Tensor:
     """(4) y, or (7) if double_q, (B,)."""
     next_q = target_network(batch.next_obs)
-    best = (q_network(batch.next_obs) if double_q else next_q).argmax(dim=-1, keepdim=True)
-    future = next_q.gather(-1, best).squeeze(-1).masked_fill(batch.terminations > 0, 0)
-    return batch.rewards + gamma * future  # not 0 · Q: a last s' may be nan
+    chooser = q_network(batch.next_obs) if double_q else next_q
+    best = chooser.argmax(dim=-1, keepdim=True)
+    best_q = next_q.gather(-1, best).squeeze(-1)
+    future = best_q.masked_fill(batch.terminations > 0, 0)  # not 0 · Q: a last s' may be nan
+    return batch.rewards + gamma * future
 
 
 @torch.no_grad()
@@ -253,7 +256,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -449,6 +452,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

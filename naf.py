@@ -21,9 +21,10 @@ The price is in (2): as a function of a, Q is one paraboloid, however many peaks
 With returns in the hundreds, V's errors swamp P in the layers they share: c, reward_scale, brings
 Q down to about 10. Actions are normalised to [-1, 1], and so is μ: V is the max over the box, too.
 ou_noise draws n: for κ = 1 it is Gaussian, for less Ornstein-Uhlenbeck noise, which lasts longer.
+(5) takes Adam's step on the mean of ½ (Q - y)²; η falls linearly to 0.
 
     python naf.py --env-id Pendulum-v1
-    diff dqn.py naf.py
+    diff naf.py ddpg_continuous.py      # next: a network learns where the max is
 """
 
 import json
@@ -76,11 +77,11 @@ class Args:
     num_updates: int = 4  # gradient steps in a round
     learning_starts: int = 1_000  # env steps of random actions, before the first update
     tau: float = 0.01  # part of φ that φ⁻ takes over in each update; 1 is a copy
-    exploration_noise: float = 0.4  # σ, the deviation of what a step adds to the noise
+    exploration_noise: float = 0.4  # σ of what a step adds to the noise, for actions in [-1, 1]
     ou_kappa: float = 1.0  # κ; 1 is Gaussian noise, less is Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -150,7 +151,8 @@ class ReplayBuffer(nn.Module):
 
 def naf_q(mu: Tensor, L: Tensor, value: Tensor, actions: Tensor) -> Tensor:
     """(2) Q of actions (B, action_dim): (B,)."""
-    difference, P = (actions - mu).unsqueeze(-1), L @ L.mT
+    difference = (actions - mu).unsqueeze(-1)
+    P = L @ L.mT
     return value - 0.5 * (difference.mT @ P @ difference).squeeze((-2, -1))
 
 
@@ -170,7 +172,7 @@ def select_actions(q_network: nn.Module, obs: Tensor, noise: Tensor) -> Tensor:
 def td_target(batch: Batch, target_network, gamma: float, reward_scale: float) -> Tensor:
     """(4) y, (B,)."""
     _, _, next_value = target_network(batch.next_obs)
-    future = next_value.masked_fill(batch.terminations > 0, 0)  # a last s' may be nan
+    future = next_value.masked_fill(batch.terminations > 0, 0)  # not 0 · V: a last s' may be nan
     return reward_scale * batch.rewards + gamma * future
 
 
@@ -213,7 +215,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -410,6 +412,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

@@ -16,12 +16,12 @@
     φ' ← φ' + α ∇J(φ'),  while  E_{s~π_φ}[ KL(π_φ'(·|s) ‖ π_φ(·|s)) ] ≤ δ  (9)  train
     ESS = (Σ w)² / Σ w²,  over all steps                             (10)  effective_sample_size
 
-    N num_envs    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
+    N num_envs    φ behavior    φ' policy.parameters()    Ψ psi    α learning_rate    δ target_kl
 
 The slide's causality is (5); Precup et al. (2000) also drop the ratios after t', (6). The variance
 of (3), (5) and (6) is exponential in T. (7) is biased: it drops the ratio of the probabilities of
-s_t, and its G_t is the old policy's. In (8), b_t is V(s_t) or the other episodes' mean of G_t. Both
-networks see (s - mean) / std.
+s_t, and its G_t is the old policy's. In (8), b_t is V(s_t) or the other episodes' mean of G_t. (9)
+takes Adam's steps. Both networks see (s - mean) / std.
 
     python offpolicy_pg.py --env-id CartPole-v1 --estimator per_step
 """
@@ -73,7 +73,7 @@ class Args:
     gamma: float = 1.0  # discount; the slides on policy gradients have none
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -85,7 +85,7 @@ class Args:
             raise ValueError("--env-kwargs must be a JSON object")
         if not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device} is not available here")
-        # else --resume would take a checkpoint of reinforce.py for one of its own
+        # from Python, or a checkpoint of reinforce.py; it would count as "causal"
         if self.estimator not in get_args(Args.__annotations__["estimator"]):
             raise ValueError(f"--estimator {self.estimator} is not one of offpolicy_pg.py")
 
@@ -261,7 +261,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -290,7 +290,7 @@ def train(args: Args) -> Tensor:
             psi = importance_weighted_psi(log_ratio, rewards, mask, args.gamma, args.estimator, b)
             loss = policy_loss(log_probs, psi, mask)  # (2)
 
-            # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch, or to 1
+            # 3. φ' ← φ' + α ∇J(φ'), and go to 2 with the same batch
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()  # (9)
@@ -303,7 +303,7 @@ def train(args: Args) -> Tensor:
         log_ratio = (distribution.log_prob(actions) - behavior_log_probs).detach()
         log_w = log_weights(log_ratio, mask, args.estimator)[live]
 
-        # 4. take in the states, and fit V for the next batch
+        # 4. take in the states, fit V for the next batch, and go to 1
         obs, returns = obs[live], returns[live]
         policy.network[0].update(obs)
         value_network[0].update(obs)
@@ -423,6 +423,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

@@ -19,7 +19,7 @@
 
 Unbiased, as no b_it depends on a_it: (5) and (7) leave episode i out, (6) is fitted after its use.
 With R(τ_j) for G_jt, z·g = |z|² R, and (7) is the slide's optimum: R weighted by |z|².
-Both networks see (s - mean) / std.
+(8) takes Adam's step. Both networks see (s - mean) / std.
 
     python pg_baseline.py --env-id CartPole-v1 --baseline value
     diff pg_baseline.py offpolicy_pg.py     # next: several steps on one batch
@@ -71,7 +71,7 @@ class Args:
     gamma: float = 1.0  # discount; the slides on policy gradients have none
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -250,7 +250,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -282,13 +282,13 @@ def train(args: Args) -> Tensor:
             psi = torch.where(deviation > rounding, psi / deviation, 0.0)
         loss = policy_loss(policy(obs).log_prob(actions), psi, mask)  # (2)
 
-        # 3. φ ← φ + α ∇J(φ), and go to 1
+        # 3. φ ← φ + α ∇J(φ)
         optimizer.param_groups[0]["lr"] = args.learning_rate / (1 + global_step / args.decay_steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # (8)
 
-        # 4. take in the states, and fit V for the next batch
+        # 4. take in the states, fit V for the next batch, and go to 1
         obs, returns = obs[live], returns[live]
         policy.network[0].update(obs)
         value_network[0].update(obs)
@@ -406,6 +406,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

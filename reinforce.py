@@ -66,7 +66,7 @@ class Args:
     gamma: float = 1.0  # discount; the slides on policy gradients have none
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # an int is a count, but for the seed, and a float a share
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
@@ -205,7 +205,7 @@ def train(args: Args) -> Tensor:
     run_dir = Path(args.resume or f"runs/{name}/checkpoint.pt").resolve().parent
     run_dir.mkdir(parents=True, exist_ok=True)
     log = {"mode": args.wandb_mode, "project": args.wandb_project, "run_name": run_dir.name}
-    log |= {"silent": args.wandb_mode != "online", "x_transaction_log_flush_interval": 1}
+    log |= {"silent": args.wandb_mode != "online"}
     run = wandb.init(dir=run_dir, config=vars(args), settings=log, reinit="create_new")
     print(f'to go on after a stop: python "{__file__}" --resume "{run_dir}/checkpoint.pt"')
     print(f"{obs_dim} inputs, from {type(envs.unwrapped.single_observation_space).__name__}")
@@ -227,7 +227,7 @@ def train(args: Args) -> Tensor:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # (5)
-        policy.network[0].update(obs[mask.bool()])
+        policy.network[0].update(obs[mask.bool()])  # its mean and std of the states
 
         steps = int(mask.sum())
         global_step += steps
@@ -334,6 +334,7 @@ if __name__ == "__main__":
         default, _ = tyro.cli(defaults, return_unknown_args=True, add_help=False)
         args = tyro.cli(Args, description=__doc__, default=default)
         os.environ["WANDB_MODE"] = args.wandb_mode  # else offline looks up a host
+        os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "1"  # a kill loses one second
         train(args)
     except (gym.error.Error, ImportError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         sys.tracebacklimit = 0  # its message says it all

@@ -21,8 +21,8 @@ VALUE_ORDER = ["Args", "Batch", "ReplayBuffer", "select_actions", "td_target", "
 VALUE_ORDER += ["train", "evaluate", "Graph"]
 SKIP = ["make_envs", "save_checkpoint", "defaults"]
 # as long as they are: a line more must be wanted
-LINES = {"reinforce": 342, "pg_baseline": 414, "offpolicy_pg": 431, "dqn": 457, "cem_q": 524}
-LINES |= {"naf": 418, "ddpg_continuous": 425}
+LINES = {"reinforce": 343, "pg_baseline": 415, "offpolicy_pg": 432, "dqn": 461, "cem_q": 527}
+LINES |= {"naf": 421, "ddpg_continuous": 428}
 
 
 def blocks(name):
