@@ -67,7 +67,7 @@ class Args:
     resume: str = ""  # checkpoint.pt to go on from; its flags, but for --device, are the defaults
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline sends nothing
     wandb_project: str = "rl-by-equation"  # project on W&B
-    learning_rate: float = 3e-3  # η, the step size
+    learning_rate: float = 2e-3  # η, the step size
     anneal_lr: bool = True  # let η fall to 0 by the end
     gamma: float = 0.98  # discount
     reward_scale: float = 0.03  # c, at most 1; brings returns in the hundreds down to about 10
@@ -102,9 +102,9 @@ class NAFNetwork(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        hidden = [nn.Linear(obs_dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
-        self.hidden, self.value = nn.Sequential(*hidden), nn.Linear(64, 1)
-        self.mu, self.entries = nn.Linear(64, action_dim), nn.Linear(64, action_dim**2)
+        hidden = [nn.Linear(obs_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        self.hidden, self.value = nn.Sequential(*hidden), nn.Linear(128, 1)
+        self.mu, self.entries = nn.Linear(128, action_dim), nn.Linear(128, action_dim**2)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.hidden(obs)
