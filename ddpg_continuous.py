@@ -78,7 +78,7 @@ class Args:
     ou_theta: float = 1.0  # κ, θ in the paper; 1 is Gaussian noise, less Ornstein-Uhlenbeck noise
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # an int is a count, but for the seed, and a float a share
+        for field in fields(self):  # by type: counts, but for the seed, and floats in [0, 1]
             value = getattr(self, field.name)
             if value is not None and type(value) not in (bool, int, float, str):
                 raise ValueError(f"--{field.name} must be of a builtin type, not {type(value)}")
