@@ -884,6 +884,17 @@ def test_a_signal_ends_the_run_as_ctrl_c_does_and_the_printed_command_goes_on(
     assert torch.load(path, weights_only=True)["global_step"] >= step + 100
 
 
+def test_a_kill_costs_about_a_second_of_rows(tmp_path):
+    process = start("pg_baseline", "--total-timesteps", 10**8, cwd=tmp_path, start_new_session=True)
+    wait_for(lambda: saved_step(tmp_path) > 0, process)
+    time.sleep(6)  # less than the 15 s for which W&B would hold its rows by default
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    logged, _ = last_step(path.parent)
+    assert logged > saved_step(tmp_path) / 2
+
+
 INT, TERM = signal.SIGINT, signal.SIGTERM
 SLOW_SIGNALS = [pytest.param(x, marks=pytest.mark.slow) for x in ([INT], [TERM], [TERM, INT])]
 
