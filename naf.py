@@ -110,7 +110,8 @@ class NAFNetwork(nn.Module):
         features = self.hidden(obs)
         mu, value = self.mu(features).tanh(), self.value(features).squeeze(-1)
         entries = self.entries(features).unflatten(-1, (mu.shape[-1], mu.shape[-1]))
-        diagonal = entries.diagonal(dim1=-2, dim2=-1).clamp(-5, 2).exp()  # or P may explode
+        # bounded: a P that explodes drowns V; one that fades lets μ drift to an edge of the box
+        diagonal = entries.diagonal(dim1=-2, dim2=-1).clamp(-2, 2).exp()
         return mu, entries.tril(-1) + diagonal.diag_embed(), value
 
 
