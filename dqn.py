@@ -69,7 +69,7 @@ class Args:
     wandb_project: str = "rl-by-equation"  # project on W&B
     learning_rate: float = 4e-3  # η, the step size
     anneal_lr: bool = True  # let η fall to 0 by the end
-    gamma: float = 0.99  # discount
+    gamma: float = 0.995  # discount
     buffer_size: int = 100_000  # transitions that the buffer keeps
     batch_size: int = 128  # transitions in an update
     num_steps: int = 1  # steps of each env in a round, before its updates

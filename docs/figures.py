@@ -321,7 +321,7 @@ def replay():
         "neither": {"learning_rate": 3e-4, "buffer_size": 1, "batch_size": 1} | no_target,
     }
     common = {"env_id": "ThreeTorques-v1", "num_envs": 1, "total_timesteps": 12_000}
-    common |= {"anneal_lr": False}
+    common |= {"anneal_lr": False, "gamma": 0.99}
     common |= {"num_steps": 1, "num_updates": 1, "batch_size": 64, "target_network_frequency": 100}
     runs = {variant: ("dqn", common | own) for variant, own in variants.items()}
     found = curves(runs, range(1, 11))
