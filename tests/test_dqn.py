@@ -13,7 +13,7 @@ from torch import nn
 
 import dqn
 
-LAKE = [0.99**6, 0.99**5, 0.99**5, 0.99**6]  # Q* of FrozenLake's first state, if not slippery
+LAKE = [0.99**6, 0.99**5, 0.99**5, 0.99**6]  # Q* of FrozenLake's start at γ = 0.99, not slippery
 
 # Equations by hand
 
@@ -294,7 +294,8 @@ def test_a_vector_env_of_the_users_own_has_the_values_by_hand():
 def test_q_learning_is_off_policy_and_needs_coverage():
     """It learns Q* from a policy that acts at random, and nothing from one that never explores."""
     lake = {"env_id": "FrozenLake-v1", "env_kwargs": '{"is_slippery": false}'}
-    lake |= {"learning_rate": 1.0, "total_timesteps": 4000}  # 1: the env is deterministic
+    lake |= {"gamma": 0.99, "total_timesteps": 4000}
+    lake |= {"learning_rate": 1.0}  # the env is deterministic
     table, greedy_return = table_of(**lake, start_e=1.0, end_e=1.0)
     close(table[0], LAKE, atol=1e-3)
     assert greedy_return == 1
@@ -308,7 +309,7 @@ def test_tabular_q_learning_finds_the_values_of_frozen_lake():
     lines = (ROOT / "docs" / "dqn.md").read_text().splitlines()
     (command,) = [line for line in lines if line.startswith("python") and "--tabular" in line]
     args = tyro.cli(dqn.Args, args=shlex.split(command)[2:])
-    args.wandb_mode, args.total_timesteps = "disabled", 20_000
+    args.wandb_mode, args.total_timesteps, args.gamma = "disabled", 20_000, 0.99
     assert dqn.train(args).mean() == 1
     (path,) = Path("runs").glob("*/checkpoint.pt")
     table = torch.load(path, weights_only=True)["q_network"]["weight"].T
